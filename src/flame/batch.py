@@ -1,0 +1,96 @@
+"""What the data plane hands to the trainer.
+
+Shapes: b rows a micro-batch, L tokens a row, N lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+IGNORED = -100  # the label of a position that predicts nothing
+
+
+class Segment(NamedTuple):
+    """One piece of a document in a row."""
+
+    source: str
+    epoch: int
+    document_id: str
+    offset: int  # of its first token in the document's tokens
+    length: int  # in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed row, exactly L tokens. `segments` is empty for filler, whose labels are all masked."""
+
+    index: int  # in the global order of rows; -1 for filler
+    tokens: np.ndarray  # int32 [L]
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. Documents never see each other: by `cu_seqlens` over the flattened b * L
+    tokens, or by `positions`, which restart at 0 in each segment."""
+
+    tokens: torch.Tensor  # int64 [b, L]
+    labels: torch.Tensor  # int64 [b, L]: the next token of the same segment, else IGNORED
+    positions: torch.Tensor  # int64 [b, L]
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]
+    longest_segment: int  # in tokens; known on the host, so that no kernel launch waits for the device
+    first_row: int  # global row number of its first row; seeds the micro-batch's random numbers
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; to a GPU through pinned memory, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, torch.Tensor] = {
+            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+            for name in ("tokens", "labels", "positions", "cu_seqlens")
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one step consumed on this rank. Sums over the data-parallel ranks are the step's."""
+
+    tokens: int  # of real rows, unpredicted ones included; no filler
+    predicted: int  # labels that are not IGNORED
+    documents: int  # segments that begin a document
+    cut: int  # segments that end before their document (or its piece of max_document_length) does
+    attended: int  # pairs (query, key) under a causal mask within segments: sum of n * (n + 1) / 2
+    digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens)
+
+
+class Skip(NamedTuple):
+    """A record that holds no text to train on."""
+
+    source: str
+    epoch: int
+    document_id: str
+    file: str
+    place: str  # "line 17", "row 3"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """All that one rank trains in one step, and the data state after it."""
+
+    step: int  # data steps count from 0
+    rows: tuple[Row, ...]
+    micro_batches: tuple[Batch, ...]
+    counts: Counts
+    records: (
+        np.ndarray
+    )  # int64 [sources, 2]: records passed and skipped in windows that begin here, by lanes this rank owns
+    skips: tuple[Skip, ...]  # the same records' names
+    epoch: int  # the smallest over this rank's lanes and sources
+    state: np.ndarray  # int64 [N, F] after this step; zero in lanes that another rank owns
+    wait_seconds: float  # how long the trainer waited for these rows

@@ -1,0 +1,1 @@
+"""One module a command; `flame.cli` loads it when the command is called."""

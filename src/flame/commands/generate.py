@@ -1,0 +1,54 @@
+"""`flame generate`: continues a text with an exported model, or with a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer
+
+from flame.commands.export import export_run
+from flame.errors import Exit, ModelError
+from flame.models.export import load_exported
+from flame.recipe import FILE
+
+
+def generate(model: str, prompt: str, tokens: int, temperature: float, seed: int) -> Exit:
+    """Prints the prompt and its continuation."""
+    path = Path(model)
+    if (path / FILE).exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            export_run(path, None, Path(scratch) / "model", "float32")
+            text = continuation(Path(scratch) / "model", prompt, tokens, temperature, seed)
+    elif (path / "config.json").exists():
+        text = continuation(path, prompt, tokens, temperature, seed)
+    else:
+        raise ModelError(f"{path}: neither a run directory nor an exported model")
+    print(text)
+    return Exit.DONE
+
+
+def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and up to `tokens` tokens more, by transformers' own `generate`."""
+    model = cast("Any", load_exported(path))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    make: Any = AutoTokenizer.from_pretrained
+    tokenizer = make(str(path))
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if encoded.input_ids.shape[1] == 0:
+        raise ModelError("the prompt has no tokens: give a text of at least one character")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        out = model.generate(
+            **encoded,
+            max_new_tokens=tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return cast("str", tokenizer.decode(out[0], skip_special_tokens=True))

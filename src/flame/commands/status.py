@@ -1,0 +1,58 @@
+"""`flame status`: how far a run is, in a few lines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from flame.errors import Exit
+from flame.recipe import run_recipe
+from flame.train.checkpoint import saved_steps
+from flame.train.journal import read_lines
+
+QUIET_SECONDS = 120  # without a new line in metrics.jsonl, after which a run counts as not running
+
+
+def status(run: str) -> Exit:
+    """Prints what a run directory says of itself."""
+    path = Path(run)
+    recipe = run_recipe(path)
+    metrics = list(read_lines(path / "metrics.jsonl"))
+    events = list(read_lines(path / "events.jsonl"))
+    total = recipe.total_steps
+    print(f"{path}: {state(path, metrics, events)}")
+    if metrics:
+        last = metrics[-1]
+        print(f"  step         {last['step']} of {total} ({100 * last['step'] / total:.1f} %)")
+        print(f"  tokens       {last['tokens']:,}, epoch {last['epoch']}")
+        print(
+            f"  loss         {last['loss']:.4f}" if last["loss"] is not None else "  loss         not finite"
+        )
+        print(f"  speed        {last['tokens_per_second']:,.0f} tokens/s")
+        if last["records_skipped"] or last["updates_skipped"]:
+            print(f"  skipped      {last['records_skipped']} records, {last['updates_skipped']} updates")
+    steps = saved_steps(path)
+    print(f"  checkpoints  {', '.join(f'step {s}' for s in steps) if steps else 'none yet'}")
+    counts: dict[str, int] = {}
+    for entry in events:
+        counts[entry["event"]] = counts.get(entry["event"], 0) + 1
+    print(f"  events       {', '.join(f'{name} {n}' for name, n in sorted(counts.items())) or 'none'}")
+    return Exit.DONE
+
+
+def state(run: Path, metrics: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
+    """One word or two for what a run does now."""
+    names = [entry["event"] for entry in events]
+    for name in reversed(names):
+        if name in ("done", "failed"):
+            return name
+        if name in ("start", "resume", "restart"):
+            break
+        if name == "signal":
+            return "stopped by a signal"
+    file = run / "metrics.jsonl"
+    if not metrics or not file.exists():
+        return "no step yet"
+    quiet = time.time() - file.stat().st_mtime
+    return "running" if quiet < QUIET_SECONDS else f"no new step for {quiet:.0f} s"

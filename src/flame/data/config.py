@@ -1,0 +1,63 @@
+"""The settings that the data plane reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flame.schema import parse_count, parse_strings, setting
+
+
+@dataclass
+class TokenizerConfig:
+    path: str = setting(
+        help="a tokenizer.json, or a directory that holds one (as transformers saves it)", identity=True
+    )
+    bos: bool = setting(
+        False, help="put the tokenizer's BOS token before each document; EOS always ends one", identity=True
+    )
+
+
+@dataclass
+class SourceConfig:
+    name: str = setting(help="what metrics and messages call this source", identity=True)
+    files: list[str] = setting(
+        help="a glob, a file, a directory or a list of them: .jsonl, .parquet or .txt",
+        identity=False,  # a moved folder is the same data: the fingerprint knows files by relative name
+        parse=parse_strings,
+    )
+    text: str | None = setting(
+        None, help='the field or column that holds the text; left out: "text", else "content"', identity=True
+    )
+    weight: float = setting(
+        1.0, help="this source's share of the tokens, relative to the others", identity=True
+    )
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = setting(help="one [[data.sources]] table for each source", identity=True)
+    sequence_length: int = setting(help="tokens in a row", identity=True, parse=parse_count)
+    max_document_length: int | None = setting(
+        None,
+        help="longer documents are trained in pieces of this many tokens; left out: the sequence length",
+        identity=True,
+        parse=parse_count,
+    )
+    lanes: int | None = setting(
+        None,
+        help="independent streams that make up the order of rows; left out: the largest divisor of the "
+        "rows per step up to 32",
+        identity=True,
+        parse=parse_count,
+    )
+    window_steps: int | None = setting(
+        None,
+        help="steps whose tokens are packed together; left out: about 4M tokens, 4 to 32 steps",
+        identity=True,
+        parse=parse_count,
+    )
+    max_skipped_fraction: float = setting(
+        0.001,
+        help="stop when more than this share of a source's records (after its first 1,000) is unreadable",
+        identity=False,
+    )

@@ -1,0 +1,71 @@
+"""What every file format can do. Its classes lie in `lines` and `tables`; `sources.FORMATS` lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flame.errors import DataError
+
+OPEN_FILES = 64  # kept open by one reader
+
+
+class Bad(NamedTuple):
+    """Why a record holds no text."""
+
+    reason: str
+
+
+class Format(Protocol):
+    """How the files of one source are read. Raises DataError on what cannot be read."""
+
+    def __init__(self, paths: list[Path], field: str) -> None: ...
+
+    @staticmethod
+    def fields(path: Path) -> list[str] | None:
+        """The names that may hold the text; None where the file is text. Opens the file once."""
+        ...
+
+    def decoded_bytes(self, file: int) -> int:
+        """The size of the file's text, nearly."""
+        ...
+
+    def documents(self, file: int) -> tuple[np.ndarray, np.ndarray]:
+        """The range of each record: (starts, stops), int64."""
+        ...
+
+    def ranges(self, file: int, block_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges of about `block_bytes` of text that together hold every record once."""
+        ...
+
+    def read(self, file: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+        """The records that begin in a range, undecoded: (position in the file, content)."""
+        ...
+
+    def decode(self, content: bytes | None) -> str | Bad:
+        """A record's text, or why there is none: a fact of its bytes alone."""
+        ...
+
+    def place(self, file: int, position: int) -> str:
+        """Where a record is, for people."""
+        ...
+
+
+def decode_utf8(content: bytes | None) -> str | Bad:
+    """Text of UTF-8 bytes, or why there is none."""
+    if content is None:
+        return Bad("no text: null")
+    try:
+        return content.decode() or Bad("empty text")
+    except UnicodeDecodeError as error:
+        return Bad(f"invalid UTF-8 at byte {error.start}")
+
+
+def file_size(path: Path) -> int:
+    """In bytes. Raises DataError."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,187 @@
+"""Lanes: independent streams of packed rows. A lane is the same on whichever rank it runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flame.batch import Segment, Skip
+from flame.data import blocks
+from flame.data.mixture import next_source
+from flame.data.packing import Piece, pack
+from flame.data.plan import DataPlan
+from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
+from flame.data.tokens import Tokenizer
+from flame.errors import DataError
+
+LANE_COLUMNS = ("window", "row", "window_hash")  # then CURSOR for each source
+
+
+def state_columns(sources: Sequence[str]) -> list[str]:
+    """The names of the columns of the data state."""
+    return [*LANE_COLUMNS, *(f"{source}.{name}" for source in sources for name in CURSOR)]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One row of a lane."""
+
+    tokens: np.ndarray  # int32 [L]
+    segments: tuple[Segment, ...]
+    documents: int  # segments that begin a document
+    cut: int  # segments that end before their document, or its piece, does
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The packed rows of a lane's window and what it took from the sources."""
+
+    index: int
+    rows: tuple[PackedRow, ...]
+    start: tuple[Cursor, ...]  # of each source
+    records: np.ndarray  # int64 [sources, 2]: records passed (the skipped ones included), and skipped
+    skips: tuple[Skip, ...]
+    hash: int  # int64, of all tokens
+    end: tuple[int, ...]  # the lane's row of the data state when all rows are used
+
+    def state(self, row: int) -> list[int]:
+        """The lane's row of the data state when `row` rows of this window are used; at 0 it is not begun."""
+        if row == len(self.rows):
+            return list(self.end)
+        values = [self.index, row, self.hash if row else 0]
+        for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
+            values += cursor.values()
+            if row:  # what a begun window passed has been reported
+                values[-2] += records
+                values[-1] += skipped
+        return values
+
+
+class Lane:
+    """One lane: fills windows of rows from its sources' streams."""
+
+    def __init__(
+        self,
+        plan: DataPlan,
+        readers: Sequence[SourceReader],
+        tokenizer: Tokenizer,
+        lane: int,
+        state: Sequence[int] | None = None,
+    ) -> None:
+        """`state`: this lane's row of a data state; None: a fresh run."""
+        self.plan, self.lane = plan, lane
+        self.window_index, self._row, self._hash = (0, 0, 0) if state is None else state[:3]
+        self._weights = [reader.source.weight for reader in readers]
+        self._streams: list[Stream] = []
+        for i, reader in enumerate(readers):
+            first = len(LANE_COLUMNS) + i * len(CURSOR)
+            cursor = Cursor() if state is None else Cursor(*state[first : first + len(CURSOR)])
+            self._streams.append(Stream(reader, tokenizer, lane, cursor))
+
+    def next_window(self) -> Window:
+        """The next window, packed. The first after a resume must be the one that the state saw."""
+        start = tuple(Cursor(*stream.cursor.values()) for stream in self._streams)
+        rows = self.plan.steps_in_window(self.window_index) * self.plan.lane_rows
+        documents, pieces, records, skips = self._fill(rows)
+        packed = pack(pieces, self.plan.sequence_length, rows)
+        order = blocks.shuffled(
+            rows, blocks.mix(self.plan.seed, self.lane, self.window_index), blocks.name_key("rows")
+        )
+        made = tuple(self._row_of(packed[i], documents) for i in order)
+        digest = hashlib.blake2b(digest_size=8)
+        for row in made:
+            digest.update(row.tokens.data)
+        window_hash = int.from_bytes(digest.digest(), "little", signed=True)
+        if self._row:
+            self._check_resumed(window_hash, documents)
+            for cursors in (start, [stream.cursor for stream in self._streams]):
+                for cursor, (passed, skipped) in zip(cursors, records.tolist(), strict=True):
+                    cursor.records -= passed  # the state had counted them already
+                    cursor.skipped -= skipped
+            self._row = 0
+        index, self.window_index = self.window_index, self.window_index + 1
+        return Window(index, made, start, records, skips, window_hash, tuple(self.state()))
+
+    def skip_window(self) -> None:
+        """Pass over the next window without building it."""
+        self._fill(self.plan.steps_in_window(self.window_index) * self.plan.lane_rows)
+        self.window_index += 1
+
+    def state(self) -> list[int]:
+        """This lane's row of the data state before its next window."""
+        values = [self.window_index, 0, 0]
+        for stream in self._streams:
+            values += stream.cursor.values()
+        return values
+
+    def _fill(
+        self, rows: int
+    ) -> tuple[list[tuple[int, Document]], list[Piece], np.ndarray, tuple[Skip, ...]]:
+        """Exactly the window's tokens, turn by turn: the documents as (source, document), their pieces,
+        the records and the skips."""
+        length, most = self.plan.sequence_length, self.plan.max_document_length
+        before = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        given = [stream.cursor.phase_tokens for stream in self._streams]
+        share = [weight / sum(self._weights) for weight in self._weights]
+        documents: list[tuple[int, Document]] = []
+        numbers: dict[int, int] = {}  # of the documents, by identity
+        pieces: list[Piece] = []
+        need = rows * length
+        while need:
+            source = next_source(given, self._weights, length)
+            stream = self._streams[source]
+            document = stream.document(int(need * share[source]) + length)
+            number = numbers.setdefault(id(document), len(documents))
+            if number == len(documents):
+                documents.append((source, document))
+            offset = stream.cursor.offset
+            turn = min(length, need, len(document.tokens) - offset)
+            end = offset + turn
+            while offset < end:
+                stop = min(end, (offset // most + 1) * most)
+                pieces.append(Piece(number, offset, stop - offset))
+                offset = stop
+            stream.give(turn)
+            given[source] += turn
+            need -= turn
+        after = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        skips: list[Skip] = []
+        for stream in self._streams:
+            skips += stream.skips
+            stream.skips.clear()
+        return (
+            documents,
+            pieces,
+            np.array(after, dtype=np.int64) - np.array(before, dtype=np.int64),
+            tuple(skips),
+        )
+
+    def _row_of(self, pieces: list[Piece], documents: list[tuple[int, Document]]) -> PackedRow:
+        most = self.plan.max_document_length
+        segments: list[Segment] = []
+        begun = cut = 0
+        for number, offset, length in pieces:
+            source, document = documents[number]
+            reader = self._streams[source].reader
+            name = reader.document_id(document)
+            segments.append(Segment(reader.source.name, document.epoch, name, offset, length))
+            begun += offset == 0
+            cut += offset + length < min(len(document.tokens), (offset // most + 1) * most)
+        parts = [documents[n][1].tokens[offset : offset + length] for n, offset, length in pieces]
+        return PackedRow(np.concatenate(parts), tuple(segments), begun, cut)
+
+    def _check_resumed(self, found: int, documents: list[tuple[int, Document]]) -> None:
+        """The open window of a resume must hold the tokens that it held when the state was taken."""
+        if found == self._hash:
+            return
+        readers = ((self._streams[source].reader, document) for source, document in documents)
+        files = list(dict.fromkeys(str(r.source.files[document.file].path) for r, document in readers))
+        named = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
+        raise DataError(
+            f"lane {self.lane}: window {self.window_index} does not hold the tokens that it held when the "
+            "run was saved: the data or the tokenizer changed. Put the files it reads back as they were: "
+            f"{named}"
+        )

@@ -1,0 +1,220 @@
+"""A stream: the endless documents of one source in one lane, in order, from any cursor on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from flame.batch import Skip
+from flame.data import blocks
+from flame.data.formats import Bad, Format
+from flame.data.plan import DataPlan
+from flame.data.sources import Source, document_id
+from flame.data.tokens import Tokenizer, split_text
+from flame.errors import DataError
+
+CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped")
+POSITIONS_AHEAD = 512  # block positions permuted at once
+BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
+BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
+
+
+@dataclass(slots=True)
+class Cursor:
+    """A place in a stream, and what it gave until there. It fixes all that follows."""
+
+    epoch: int = 0
+    group: int = 0  # of G blocks of this lane
+    document: int = 0  # in the group's permuted documents
+    offset: int = 0  # in the document's tokens
+    tokens: int = 0  # given in all
+    phase_tokens: int = 0  # given since the weights last changed
+    records: int = 0  # passed in all, the skipped ones included
+    skipped: int = 0  # of them, records without text
+
+    def values(self) -> list[int]:
+        """In the order of `CURSOR`."""
+        return [getattr(self, name) for name in CURSOR]
+
+
+@dataclass(slots=True)
+class Document:
+    """One document, or one part of a long one, in the order of its stream."""
+
+    epoch: int
+    group: int
+    number: int  # in the group
+    position: int  # of the record in its file
+    file: int
+    part: int | None  # where the text was split
+    ends_record: bool
+    text: str | Bad
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # int32 [tokens]
+
+
+class Exhausted:
+    """In the place of a document: as much as the whole source holds was read and none of it is text."""
+
+
+class SourceReader:
+    """What all lanes of a rank share of a source: its open files and its keys."""
+
+    def __init__(self, source: Source, plan: DataPlan) -> None:
+        self.source, self.plan = source, plan
+        self.format: Format = source.open()
+        self.key = blocks.name_key(source.name)
+
+    def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
+        """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
+        positions = lane + np.arange(first, first + count, dtype=np.int64) * self.plan.lanes
+        key = blocks.mix(self.plan.seed, epoch, self.key)
+        return blocks.feistel(positions, len(self.source.blocks), key)
+
+    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
+        """The records of some blocks in file order: (file, position, content)."""
+        cut, found = self.source.blocks, list[tuple[int, int, bytes | None]]()
+        for block in group:
+            file = int(cut.file[block])
+            read = self.format.read(file, int(cut.start[block]), int(cut.stop[block]))
+            found += [(file, position, content) for position, content in read]
+        return found
+
+    def skip_of(self, document: Document) -> Skip:
+        """The name of a record without text."""
+        file = self.source.files[document.file]
+        place = self.format.place(document.file, document.position)
+        reason = document.text.reason if isinstance(document.text, Bad) else ""
+        return Skip(
+            self.source.name, document.epoch, self.document_id(document), str(file.path), place, reason
+        )
+
+    def document_id(self, document: Document) -> str:
+        return document_id(self.source.files[document.file].name, document.position, document.part)
+
+
+class Stream:
+    """Documents of one source in one lane. `document` looks, `give` moves; both are exact whatever was
+    read and tokenized ahead."""
+
+    def __init__(self, reader: SourceReader, tokenizer: Tokenizer, lane: int, cursor: Cursor) -> None:
+        self.reader, self.lane, self.cursor = reader, lane, cursor
+        self.skips: list[Skip] = []  # since somebody last took them
+        self._tokenizer = tokenizer
+        self._ahead: deque[Document | Exhausted] = deque()
+        self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
+
+    def document(self, expected_tokens: int) -> Document:
+        """The document at the cursor, tokenized; records without text are passed over on the way.
+
+        `expected_tokens`: about as many will be asked for soon; it only sizes what is tokenized at once.
+        Raises DataError where nothing of the source is text.
+        """
+        while True:
+            if not self._ahead:
+                self._tokenize(expected_tokens)
+            head, at = self._ahead[0], self.cursor
+            if isinstance(head, Exhausted):
+                raise DataError(
+                    f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
+                    f"source holds and found no text in any of them{self._last_reason()}"
+                )
+            at.epoch, at.group, at.document = head.epoch, head.group, head.number
+            if len(head.tokens):
+                return head
+            if isinstance(head.text, Bad):
+                at.skipped += 1
+                self.skips.append(self.reader.skip_of(head))
+            self._pass(head)
+
+    def give(self, tokens: int) -> None:
+        """Move on by `tokens` of the document at the cursor."""
+        head, at = self._ahead[0], self.cursor
+        assert isinstance(head, Document)
+        at.offset += tokens
+        at.tokens += tokens
+        at.phase_tokens += tokens
+        if at.offset == len(head.tokens):
+            self._pass(head)
+
+    def _pass(self, head: Document) -> None:
+        self._ahead.popleft()
+        self.cursor.records += head.ends_record
+        self.cursor.document = head.number + 1
+        self.cursor.offset = 0
+
+    def _last_reason(self) -> str:
+        if not self.skips:
+            return ""
+        last = self.skips[-1]
+        return f"; the last: {last.file}, {last.place}: {last.reason}"
+
+    def _tokenize(self, expected_tokens: int) -> None:
+        """Append the next documents, at least one: about as many tokens as are expected."""
+        wanted = min(BATCH_BYTES, expected_tokens * BYTES_PER_TOKEN)
+        taken: list[Document] = []
+        length = 0
+        for document in self._walk:
+            self._ahead.append(document)
+            if isinstance(document, Exhausted):
+                break
+            if isinstance(document.text, str):
+                taken.append(document)
+                length += len(document.text)
+            if length >= wanted:
+                break
+        parts = [(str(d.text), not d.part, d.ends_record) for d in taken]
+        for document, tokens in zip(taken, self._tokenizer.encode_parts(parts), strict=True):
+            document.tokens, document.text = tokens, ""
+
+    # ------------------------------------------------------------------------------ the order
+
+    def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
+        """All documents from a place on, without end. `skipped` documents of the first group are passed."""
+        whole = self.reader.source.blocks.all_units
+        barren = 0  # units of groups in a row that hold no text
+        for epoch, group, chosen in self._groups(first_epoch, first_group):
+            text = skipped > 0
+            for document in islice(self._in_group(epoch, group, chosen), skipped, None):
+                text = text or isinstance(document.text, str)
+                yield document
+            skipped = 0
+            barren = 0 if text else barren + self.reader.source.blocks.units(chosen)
+            if barren >= whole:
+                yield Exhausted()
+
+    def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(epoch, group, its blocks) from a place on, without end."""
+        plan, source = self.reader.plan, self.reader.source
+        size = plan.group_blocks
+        positions = blocks.positions_of_lane(len(source.blocks), self.lane, plan.lanes)
+        while True:
+            for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
+                count = min(POSITIONS_AHEAD // size * size, positions - first)
+                order = self.reader.block_order(epoch, self.lane, first, count)
+                for at in range(0, count, size):
+                    yield epoch, (first + at) // size, order[at : at + size]
+            epoch, group = epoch + 1, 0
+
+    def _in_group(self, epoch: int, group: int, chosen: np.ndarray) -> Iterator[Document]:
+        """The documents of a group, permuted; the parts of a long one stay together, in order."""
+        reader = self.reader
+        records = reader.records(chosen)
+        key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
+        number = 0
+        for i in blocks.shuffled(len(records), key, reader.key):
+            file, position, content = records[i]
+            text = reader.format.decode(content)
+            if isinstance(text, Bad):
+                yield Document(epoch, group, number, position, file, None, True, text)
+                number += 1
+                continue
+            parts = list(split_text(text))
+            for part, piece in enumerate(parts):
+                name = part if len(parts) > 1 else None
+                ends = part == len(parts) - 1
+                yield Document(epoch, group, number, position, file, name, ends, piece)
+                number += 1

@@ -1,0 +1,133 @@
+"""Formats of tables: parquet."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from flame.data.blocks import even_ranges
+from flame.data.formats import OPEN_FILES, Bad, decode_utf8
+from flame.errors import DataError
+
+parquet = cast("Any", pyarrow.parquet)  # pyarrow ships no types
+arrow = cast("Any", pyarrow)
+
+CACHED_BYTES = 256 * 2**20  # of decoded row groups, per source
+
+
+class Parquet:
+    """A document a row; a range is in rows of the file, within one row group."""
+
+    def __init__(self, paths: list[Path], field: str) -> None:
+        self._paths, self._field = paths, field
+        self._files: OrderedDict[int, tuple[Any, np.ndarray]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._cached_bytes = 0
+
+    @staticmethod
+    def fields(path: Path) -> list[str] | None:
+        schema = _open_parquet(path).schema_arrow
+        return [field.name for field in schema if _holds_text(field.type)]
+
+    def decoded_bytes(self, file: int) -> int:
+        return sum(size for _, size in self._row_groups(file))
+
+    def documents(self, file: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = sum(rows for rows, _ in self._row_groups(file))
+        return even_ranges(0, rows, rows)
+
+    def ranges(self, file: int, block_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+        starts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+        stops, first = [starts[0]], 0
+        for rows, size in self._row_groups(file):
+            cut = even_ranges(first, first + rows, min(rows, max(1, -(-size // block_bytes))))
+            starts.append(cut[0])
+            stops.append(cut[1])
+            first += rows
+        return np.concatenate(starts), np.concatenate(stops)
+
+    def read(self, file: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+        firsts = self._file(file)[1]
+        if stop > firsts[-1]:
+            raise DataError(
+                f"{self._paths[file]}: has {firsts[-1]} rows, but had at least {stop} when the run began; "
+                "put the file back as it was"
+            )
+        group = int(np.searchsorted(firsts, start, side="right")) - 1
+        column = self._column(file, group)
+        first = int(firsts[group])
+        contents: list[bytes | None] = column.slice(start - first, stop - start).to_pylist()
+        return list(zip(range(start, stop), contents, strict=True))
+
+    def decode(self, content: bytes | None) -> str | Bad:
+        return decode_utf8(content)
+
+    def place(self, file: int, position: int) -> str:
+        return f"row {position}"
+
+    def _row_groups(self, file: int) -> list[tuple[int, int]]:
+        """(rows, bytes of the text column) of each row group."""
+        metadata = self._file(file)[0].metadata
+        found: list[tuple[int, int]] = []
+        for g in range(metadata.num_row_groups):
+            group = metadata.row_group(g)
+            columns = (group.column(c) for c in range(group.num_columns))
+            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self._field)
+            found.append((int(group.num_rows), int(size)))
+        return found
+
+    def _file(self, file: int) -> tuple[Any, np.ndarray]:
+        """The open file and the first row of each row group, and of the file's end."""
+        known = self._files.pop(file, None)
+        if known is None:
+            if len(self._files) >= OPEN_FILES:
+                self._files.popitem(last=False)[1][0].close()
+            opened = _open_parquet(self._paths[file])
+            if self._field not in opened.schema_arrow.names:
+                names = ", ".join(opened.schema_arrow.names)
+                raise DataError(f'{self._paths[file]}: no column "{self._field}"; found: {names}')
+            rows = [opened.metadata.row_group(g).num_rows for g in range(opened.metadata.num_row_groups)]
+            known = opened, np.cumsum([0, *rows])
+        self._files[file] = known
+        return known
+
+    def _column(self, file: int, group: int) -> Any:
+        """The text column of a row group as bytes, from the cache where it is there."""
+        column = self._groups.pop((file, group), None)
+        if column is None:
+            try:
+                table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
+                column = table.column(self._field).cast(arrow.large_binary()).combine_chunks()
+            except (arrow.ArrowException, OSError, KeyError) as error:
+                raise DataError(f"{self._paths[file]}: row group {group}: cannot be read: {error}") from None
+            self._cached_bytes += column.nbytes
+            while self._groups and self._cached_bytes > CACHED_BYTES:
+                self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
+        self._groups[file, group] = column
+        return column
+
+
+def _open_parquet(path: Path) -> Any:
+    try:
+        return parquet.ParquetFile(path, memory_map=False)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
+
+
+def _holds_text(kind: Any) -> bool:
+    types = arrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+    )
+    return any(check(kind) for check in checks)

@@ -1,0 +1,46 @@
+"""The errors that people see, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """What a command's exit code means."""
+
+    DONE = 0
+    WRONG_INPUT = 1  # the recipe, the data or the environment is wrong: one message, no traceback
+    USAGE = 2
+    FAILED = 3  # training failed past its recovery budget
+    STOPPED = 75  # stopped by a signal, its state saved (or nothing to save yet)
+
+
+class FlameError(Exception):
+    """Something the user can mend. The message says what is wrong, where, and what to do.
+
+    Commands print the message alone and exit with code 1.
+    """
+
+
+class RecipeError(FlameError):
+    """A recipe, a flag or a combination of settings that cannot be."""
+
+
+class DataError(FlameError):
+    """Data that cannot be read or does not match what the run was started with."""
+
+
+class ModelError(FlameError):
+    """A model that cannot be built, loaded or trained truly."""
+
+
+class CheckpointError(FlameError):
+    """A checkpoint or a run directory that cannot be used."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`did you mean X? ` where one of `allowed` resembles `word`, else the empty string."""
+    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"did you mean {found[0]}? " if found else ""

@@ -1,0 +1,80 @@
+"""From a config's name to the config, and from the config to its family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flame.errors import ModelError, nearest
+from flame.models.family import FAMILIES, Family
+
+
+def families() -> tuple[Family, ...]:
+    """All families that can be trained."""
+    return FAMILIES
+
+
+def load_config(spec: str) -> PretrainedConfig:
+    """The config in a json file, in a directory that holds config.json, or of a model on the hub.
+
+    Raises ModelError: no such file, not a config, or a `model_type` that nobody knows.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json" or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        return _read_config(path)
+    return _read_config(path) if path.is_file() else _hub_config(spec)
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such model config; give a config.json or a folder with one") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as a model config: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(cast("Any", raw).get("model_type"), str):
+        raise ModelError(f"{path}: not a model config: it names no model_type; known here: {_known()}")
+    values = cast("dict[str, Any]", raw)
+    model_type = str(values.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        hint = nearest(model_type, [t for family in FAMILIES for t in family.model_types])
+        hint = hint or nearest(model_type, CONFIG_MAPPING.keys())
+        raise ModelError(f'{path}: unknown model_type "{model_type}"; {hint}families: {_known()}')
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: not a valid {model_type} config: {error}") from None
+
+
+def _hub_config(name: str) -> PretrainedConfig:
+    try:
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f'model config "{name}": no such file, and the hub gave none: {str(error).splitlines()[0]}'
+        ) from None
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a config. Raises ModelError where none has it, or where it refuses a setting."""
+    model_type = str(config.model_type)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            reason = family.refuses(config)
+            if reason is not None:
+                raise ModelError(f"a {family.name} model with {reason}")
+            return family
+    raise ModelError(
+        f'model_type "{model_type}": no family here trains it; '
+        f"{nearest(model_type, [f.name for f in FAMILIES])}families: {_known()}"
+    )
+
+
+def _known() -> str:
+    return ", ".join(t for family in FAMILIES for t in family.model_types)

@@ -1,0 +1,36 @@
+"""The parallelisms, applied to a model built on meta, in their one order: compile, then shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flame.parallel.fsdp import shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def apply_parallelism(
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute: torch.dtype,
+    compile_blocks: bool,
+) -> None:
+    """Changes `root` in place; parameter names stay as they are."""
+    blocks = list(blocks)
+    if compile_blocks:
+        for block in blocks:
+            compile_block(block)
+    shard(root, blocks, mesh, compute)
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compiles a block's forward. FSDP's hooks stay outside, so that nothing breaks the graph."""
+    forward: Any = torch.compile(block.forward)
+    block.forward = forward

@@ -1,0 +1,26 @@
+"""The settings that the parallel package reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flame.schema import setting
+
+
+@dataclass
+class ParallelConfig:
+    replicate: int = setting(1, help="copies of the (sharded) model: HSDP when above 1", identity=False)
+    shard: int = setting(
+        -1, help="ranks that share one copy's parameters (FSDP); -1: all that are left", identity=False
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    compute: str | None = setting(
+        None,
+        help="dtype of forward and backward; masters and reductions stay float32; "
+        "left out: bfloat16 on GPUs, float32 on CPU",
+        identity=True,
+        choices=("bfloat16", "float32"),
+    )

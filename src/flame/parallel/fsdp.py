@@ -1,0 +1,38 @@
+"""Fully sharded data parallelism (FSDP2), and its replicated form (HSDP).
+
+Reductions are plain sums: each micro-batch's loss is divided by the step's global count of predicted
+tokens beforehand, so that uneven ranks weigh their tokens equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute: torch.dtype) -> FSDPModule:
+    """Shards `root` in place, one group of parameters a block and one for the rest.
+
+    Parameters and their gradients stay float32; forward and backward run in `compute`. Reductions run
+    in float32 on GPUs. On CPUs they run in float64, whose sums round to the same float32 in any order:
+    any number of processes then trains the same model, nearly always bit for bit.
+    """
+    reduce = torch.float64 if mesh.device_type == "cpu" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    units = [*blocks, root]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in units:
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        if mesh.device_type == "cpu":  # gloo knows no PREMUL_SUM
+            unit.set_force_sum_reduction_for_comms(True)
+    assert isinstance(root, FSDPModule)
+    return root

@@ -1,0 +1,137 @@
+"""A recipe: everything that defines a run, read from TOML and flags, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flame import schema
+from flame.data.config import DataConfig, TokenizerConfig
+from flame.errors import RecipeError
+from flame.models.config import ModelConfig
+from flame.parallel.config import ParallelConfig, PrecisionConfig
+from flame.parallel.mesh import resolve_layout
+from flame.schema import section
+from flame.train.config import (
+    BatchConfig,
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from flame.train.schedule import Schedule
+
+FILE = "recipe.toml"  # the resolved recipe in a run directory
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    data: DataConfig = section(DataConfig)
+    batch: BatchConfig = section(BatchConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    precision: PrecisionConfig = section(PrecisionConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    logging: LoggingConfig = section(LoggingConfig)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run.directory)
+
+    @property
+    def total_steps(self) -> int:
+        """The run's length in optimizer steps."""
+        if self.run.steps is not None:
+            return self.run.steps
+        assert self.run.tokens is not None
+        return -(-self.run.tokens // self.batch.tokens_per_step)
+
+
+def read_recipe(path: Path, flags: dict[str, str] | None = None) -> Recipe:
+    """The recipe at `path` with `flags` ({"section.field": text}) over it. Raises RecipeError.
+
+    Local paths are made absolute, so that the run can be resumed from any directory.
+    """
+    raw = schema.apply_flags(schema.read_toml(path), flags or {})
+    recipe = schema.build(Recipe, raw, str(path))
+    check(recipe, str(path))
+    make_absolute(recipe)
+    return recipe
+
+
+def check(recipe: Recipe, origin: str) -> None:
+    """What no single field can know."""
+    run, batch = recipe.run, recipe.batch
+    if (run.steps is None) == (run.tokens is None):
+        raise RecipeError(f"{origin}: run: give either steps or tokens, the length of the run")
+    for name, value in [
+        ("run.steps", run.steps),
+        ("run.tokens", run.tokens),
+        ("batch.tokens_per_step", batch.tokens_per_step),
+        ("batch.micro_batch_rows", batch.micro_batch_rows),
+        ("data.sequence_length", recipe.data.sequence_length),
+        ("checkpoint.every", recipe.checkpoint.every.amount),
+        ("checkpoint.keep", recipe.checkpoint.keep),
+        ("logging.every", recipe.logging.every.amount),
+    ]:
+        if value is not None and value < 1:
+            raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
+    if not recipe.data.sources:
+        raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
+    Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, batch.tokens_per_step)
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Refuses a layout that cannot be on `ranks` processes. Raises RecipeError."""
+    layout = resolve_layout(recipe.parallel, ranks)
+    rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+    if layout.data_ranks > rows:
+        raise RecipeError(
+            f"{layout.data_ranks} data-parallel ranks, but a step has only {rows} rows "
+            f"(batch.tokens_per_step {recipe.batch.tokens_per_step} / data.sequence_length "
+            f"{recipe.data.sequence_length}); use at most {rows} ranks, or larger steps"
+        )
+
+
+def make_absolute(recipe: Recipe) -> None:
+    """Local paths, seen from the working directory."""
+    recipe.run.directory = str(Path(recipe.run.directory).absolute())
+    recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
+    if Path(recipe.model.config).exists() or recipe.model.config.endswith(".json"):
+        recipe.model.config = _absolute(recipe.model.config)
+    for source in recipe.data.sources:
+        source.files = [_absolute(pattern) for pattern in source.files]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The recipe that a run directory was started with."""
+    path = run / FILE
+    if not path.exists():
+        raise RecipeError(f"{run}: no run here (it holds no {FILE})")
+    return schema.build(Recipe, schema.read_toml(path), str(path))
+
+
+def refuse_other_run(recipe: Recipe) -> None:
+    """Refuses to continue another recipe's run. Raises RecipeError naming the field that differs."""
+    if not (recipe.directory / FILE).exists():
+        return
+    started = run_recipe(recipe.directory)
+    for path, old, new in schema.identity_differences(Recipe, started, recipe):
+        raise RecipeError(
+            f"{recipe.directory} holds another recipe's run: {path} is {_shown(old)} there and "
+            f"{_shown(new)} here; choose another run.directory, or give the same {path}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return schema.shown(value)

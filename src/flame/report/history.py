@@ -1,0 +1,119 @@
+"""What a run directory says of itself, as typed records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+
+from flame.errors import DataError
+from flame.recipe import FILE, Recipe, run_recipe
+from flame.train.journal import read_lines
+
+NAN = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A line of metrics.jsonl. Numbers that were not finite, or not known, are NaN."""
+
+    step: int  # counts from 1
+    tokens: int  # since the run began
+    loss: float  # per predicted token
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    mfu: float  # 0 to 1
+    step_seconds: float  # mean over the steps since the line before
+    data_seconds: float  # of these, waiting for data
+    memory_gib: float
+    records_skipped: int  # since the run began
+    updates_skipped: int  # since the run began
+
+    @staticmethod
+    def of(line: dict[str, Any]) -> StepRecord:
+        def number(key: str) -> float:
+            value = line.get(key)
+            return NAN if value is None else float(value)
+
+        return StepRecord(
+            step=int(line["step"]),
+            tokens=int(line.get("tokens") or 0),
+            loss=number("loss"),
+            grad_norm=number("grad_norm"),
+            learning_rate=number("learning_rate"),
+            tokens_per_second=number("tokens_per_second"),
+            mfu=number("mfu"),
+            step_seconds=number("step_seconds"),
+            data_seconds=number("data_seconds"),
+            memory_gib=number("memory_gib"),
+            records_skipped=int(line.get("records_skipped") or 0),
+            updates_skipped=int(line.get("updates_skipped") or 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of events.jsonl."""
+
+    time: float  # seconds since the epoch
+    name: str
+    fields: dict[str, Any]  # what else the line says
+
+    @staticmethod
+    def of(line: dict[str, Any]) -> Event:
+        fields = {key: value for key, value in line.items() if key not in ("time", "event")}
+        return Event(float(line["time"]), str(line["event"]), fields)
+
+    @property
+    def step(self) -> int | None:
+        """The step that the line itself names."""
+        value = self.fields.get("step")
+        return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All that the report reads."""
+
+    run: Path
+    recipe: Recipe
+    recipe_text: str
+    environment: dict[str, Any]  # empty where it is not written yet
+    steps: list[StepRecord]  # those that count, ascending
+    superseded: list[StepRecord]  # trained, then lost to an interruption; in the order they were moved
+    events: list[Event]  # in the order they were written
+
+
+def read_history(run: Path) -> History:
+    """Reads a run directory. Raises RecipeError where there is no run, DataError for a broken file."""
+    recipe = run_recipe(run)
+    steps = [StepRecord.of(line) for line in _lines(run / "metrics.jsonl")]
+    return History(
+        run=run,
+        recipe=recipe,
+        recipe_text=(run / FILE).read_text(encoding="utf-8"),
+        environment=_object(run / "environment.json"),
+        steps=sorted(steps, key=lambda record: record.step),
+        superseded=[StepRecord.of(line) for line in _lines(run / "logs" / "superseded.jsonl")],
+        events=[Event.of(line) for line in _lines(run / "events.jsonl")],
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_lines(path))
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: a line is not JSON ({error}); remove it, or restore the file") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return cast("dict[str, Any]", orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}); remove it, or restore the file") from None

@@ -1,0 +1,335 @@
+"""One rank of a run: where data meets model. Everything is built here, then `train.loop` drives it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flame import schema
+from flame.batch import Counts
+from flame.data.catalog import Catalog, check_skipped, fingerprint, fingerprint_difference, open_catalog
+from flame.data.loader import Loader
+from flame.data.plan import DataPlan
+from flame.data.state import DataState
+from flame.environment import device_name, environment
+from flame.errors import DataError, Exit, ModelError
+from flame.models.build import build_on_meta, initialize
+from flame.models.family import Family
+from flame.models.flops import peak_flops
+from flame.models.registry import family_of, load_config
+from flame.parallel.apply import apply_parallelism
+from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.parallel.world import World, join_world
+from flame.recipe import FILE, Recipe, refuse_other_run
+from flame.train.agreement import Agreement
+from flame.train.checkpoint import (
+    Checkpointer,
+    load_tensors,
+    newest_sound,
+    read_record,
+    remove_leftovers,
+    step_directory,
+)
+from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
+from flame.train.loop import Job, Progress, train
+from flame.train.loss import LossModule
+from flame.train.metrics import Meter, Screen
+from flame.train.optimizer import build_optimizer
+from flame.train.schedule import Schedule
+
+AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
+
+
+def work(stop: Callable[[], bool], recipe_text: str) -> int:
+    """Trains the recipe as this rank; the exit code. Raises FlameError for what the user can mend."""
+    recipe = schema.build(Recipe, tomllib.loads(recipe_text), FILE)
+    share_cores()
+    world = join_world()
+    held: list[RunLock] = []
+    world.from_rank_zero(lambda: take_directory(recipe, held))
+    quiet_other_ranks(recipe, world)
+    code = run_rank(recipe, world, stop)
+    dist.destroy_process_group()
+    for lock in held:
+        lock.release()
+    return code
+
+
+def share_cores() -> None:
+    """Gives each of this machine's ranks its part of the cores, unless the user has said otherwise."""
+    mine = str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    os.environ.setdefault("RAYON_NUM_THREADS", mine)  # the tokenizer's threads
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(int(mine))
+
+
+def take_directory(recipe: Recipe, held: list[RunLock]) -> None:
+    """Rank 0 makes the run directory its own."""
+    held.append(RunLock(recipe.directory))
+    refuse_other_run(recipe)
+    remove_leftovers(recipe.directory)
+
+
+def quiet_other_ranks(recipe: Recipe, world: World) -> None:
+    """Every rank but 0 says what it has to say in RUN/logs/rank-N.log."""
+    if world.rank == 0:
+        return
+    path = recipe.directory / "logs" / f"rank-{world.rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
+
+
+def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
+    """Builds data and model, loads what was saved, and trains."""
+    data = open_data(recipe, world)
+    guest = build_guest(recipe, world, data.catalog)
+    step = newest_sound(recipe.directory, world.checkpoint)
+    saved = load_saved(recipe, world, guest, data, step) if step is not None else Saved()
+    if saved.progress.step >= recipe.total_steps:
+        if world.rank == 0:
+            print(f"{recipe.directory} is finished: step {saved.progress.step} of {recipe.total_steps}")
+        return Exit.DONE
+    if step is None:
+        initialize(guest.model, guest.config, recipe.run.seed, world.device)
+
+    rows = micro_batch_rows(recipe, world, saved)
+    begin(recipe, world, guest, saved)
+    journal, screen = None, None
+    if world.rank == 0:
+        journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
+        screen = Screen(recipe.total_steps, saved.progress.step)
+    with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
+        try:
+            return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
+        finally:
+            if journal is not None and screen is not None:
+                screen.close()
+                journal.close()
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """What every rank knows of the data."""
+
+    plan: DataPlan
+    catalog: Catalog
+    fingerprint: dict[str, Any]
+
+
+def open_data(recipe: Recipe, world: World) -> Data:
+    """Rank 0 looks at the files; the others are told."""
+    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+
+    def look() -> tuple[Catalog, dict[str, Any]]:
+        catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
+        return catalog, fingerprint(catalog, plan)
+
+    catalog, seal = world.from_rank_zero(look)
+    return Data(plan, catalog, seal)
+
+
+def micro_batch_rows(recipe: Recipe, world: World, saved: Saved) -> int:
+    """Rows of a micro-batch. `auto` is resolved once and kept while the number of ranks is the same.
+
+    On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it.
+    """
+    if recipe.batch.micro_batch_rows is not None:
+        return recipe.batch.micro_batch_rows
+    if saved.ranks == world.size and saved.micro_batch_rows is not None:
+        return saved.micro_batch_rows
+    if world.device.type == "cpu":
+        return 1
+    length = recipe.data.sequence_length
+    per_rank = -(-recipe.batch.tokens_per_step // length // world.size)
+    return max(1, min(per_rank, AUTO_TOKENS // length))
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class Guest:
+    """The model as this rank holds it, and how to train it."""
+
+    config: Any
+    family: Family
+    model: nn.Module  # as transformers knows it; its parameters are sharded
+    with_loss: LossModule
+    optimizer: torch.optim.Optimizer
+    compute: torch.dtype
+
+
+def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
+    """The model on meta, parallelised, with its optimizer; no weights yet."""
+    config = load_config(recipe.model.config)
+    family = family_of(config)
+    if catalog.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{recipe.model.config}: vocab_size is {config.vocab_size}, but the tokenizer "
+            f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
+        )
+    compute = compute_dtype(recipe, world.device)
+    model = build_on_meta(config)
+    with_loss = LossModule(model, family.hidden, family.head(model))
+    mesh = data_mesh(resolve_layout(recipe.parallel, world.size), world.device.type)
+    on_gpu = world.device.type == "cuda"
+    apply_parallelism(
+        with_loss,
+        [block for _, block in family.blocks(model)],
+        mesh,
+        compute=compute,
+        compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
+    )
+    no_decay = family.no_weight_decay(model)
+    optimizer = build_optimizer(model.named_parameters(), recipe.optimizer, no_decay, fused=on_gpu)
+    return Guest(config, family, model, with_loss, optimizer, compute)
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs, float32 on CPU, unless the recipe says otherwise."""
+    default = "bfloat16" if device.type == "cuda" else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.precision.compute or default]
+
+
+# -------------------------------------------------------------------------------------- resume
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says besides its tensors; a fresh run's is empty."""
+
+    progress: Progress = field(default_factory=Progress)
+    data: DataState | None = None
+    micro_batch_rows: int | None = None
+    ranks: int | None = None
+
+
+def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int) -> Saved:
+    """Loads a checkpoint. Raises FlameError where it belongs to other data or another model."""
+    train_record = read_record(recipe.directory, step, "train.json")
+    extra = {key: train_record.pop(key) for key in ("micro_batch_rows", "ranks", "model")}
+    for name, old, new in differing(extra["model"], model_record(guest.config)):
+        raise ModelError(
+            f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
+            f"in {recipe.model.config}"
+        )
+    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
+    difference = fingerprint_difference(state.fingerprint, data.fingerprint)
+    if difference is not None:
+        raise DataError(f"{recipe.directory} was started with other data: {difference}")
+    initialize(guest.model, guest.config, recipe.run.seed, world.device)  # buffers that are not saved
+    load_tensors(guest.model, guest.optimizer, step_directory(recipe.directory, step), world.checkpoint)
+    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])
+
+
+def model_record(config: Any) -> dict[str, Any]:
+    """The config as a checkpoint keeps it; what transformers notes of itself does not count."""
+    record = cast("dict[str, Any]", orjson.loads(config.to_json_string(use_diff=False)))
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
+        record.pop(name, None)
+    return record
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys in which two records differ. Keys that one of them lacks came with another version."""
+    return [(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+
+
+# ------------------------------------------------------------------------------------ assembly
+
+
+def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
+    """Writes down who trains what, where."""
+    pids = world.gather(os.getpid())
+    if world.rank != 0:
+        return
+    run, step = recipe.directory, saved.progress.step
+    replace_file(run / FILE, schema.to_toml(recipe).encode())
+    described = environment(world.device)
+    replace_file(run / "environment.json", orjson.dumps(described, option=orjson.OPT_INDENT_2))
+    name = "resume" if step else "start"
+    event(run, name, step=step, ranks=world.size, host=socket.gethostname(), pids=pids)
+    parameters = sum(p.numel() for p in guest.model.parameters())
+    print(
+        f"{'resuming after step ' + str(step) if step else 'starting'}: {guest.family.name}, "
+        f"{parameters:,} parameters, {world.size} rank(s) on {described['device']}",
+        flush=True,
+    )
+
+
+def make_job(
+    recipe: Recipe,
+    world: World,
+    stop: Callable[[], bool],
+    guest: Guest,
+    data: Data,
+    saved: Saved,
+    loader: Loader,
+    rows: int,
+    journal: Journal | None,
+    screen: Screen | None,
+) -> Job:
+    """Puts the pieces into the loop's hands."""
+    per = guest.family.flops(guest.config)
+    peak = peak_flops(device_name(world.device), guest.compute)
+    columns = loader.columns
+
+    def flops(counts: Counts) -> float:
+        return per.per_token * counts.tokens + per.per_pair * counts.attended
+
+    return Job(
+        run=recipe.directory,
+        seed=recipe.run.seed,
+        total_steps=recipe.total_steps,
+        tokens_per_step=recipe.batch.tokens_per_step,
+        clip_norm=recipe.optimizer.clip_norm,
+        checkpoint_every=recipe.checkpoint.every,
+        logging_every=recipe.logging.every,
+        guest=guest.model,
+        model=guest.with_loss,
+        device=world.device,
+        optimizer=guest.optimizer,
+        schedule=Schedule.of(
+            recipe.schedule, recipe.optimizer, recipe.total_steps, recipe.batch.tokens_per_step
+        ),
+        rows=loader,
+        agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
+        checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
+        meter=Meter(
+            flops=flops,
+            peak_flops=peak * world.size if peak is not None else None,
+            device=world.device,
+            updates_skipped=saved.progress.updates_skipped,
+            journal=journal,
+            screen=screen,
+        ),
+        skip_log=SkipLog(recipe.directory),
+        rank=world.rank,
+        progress=saved.progress,
+        should_stop=stop,
+        check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),
+        data_record=lambda step, lanes: DataState(step, lanes, columns, data.fingerprint).to_json(),
+        extra_record={
+            "micro_batch_rows": rows,
+            "ranks": world.size,
+            "model": model_record(guest.config),
+        },
+    )

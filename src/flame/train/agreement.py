@@ -1,0 +1,92 @@
+"""What all ranks agree on before each step: its counts, and whether to save, to stop or to give up.
+
+One small exchange on a gloo group of its own, begun while the step before it still computes. Whatever
+one rank wants happens on all ranks at the same step: nobody waits for a rank that has left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from flame.batch import Counts, StepRows
+
+NO_COUNTS = Counts(tokens=0, predicted=0, documents=0, cut=0, attended=0, digest=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """The exchange's outcome, the same on every rank."""
+
+    counts: Counts  # of the next step, over all ranks
+    records: np.ndarray  # int64 [sources, 2]: records passed and skipped that the next step adds
+    epoch: int  # the smallest over all lanes
+    save: bool
+    stop: bool
+    failed_rank: int | None  # a rank whose data cannot be read
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One rank's side, on its way."""
+
+    sums: torch.Tensor
+    maxima: torch.Tensor
+    pending: list[dist.Work]
+
+
+class Agreement:
+    """`propose`, then later `settle`: between the two the rank may do other work."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, sources: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._sources = sources
+
+    def propose(
+        self, rows: StepRows | None, *, save: bool = False, stop: bool = False, failed: bool = False
+    ) -> Proposal:
+        """Begins the exchange for the next step. `rows` is None where this rank has none to train."""
+        counts = rows.counts if rows is not None else NO_COUNTS
+        records = rows.records if rows is not None else np.zeros((self._sources, 2), np.int64)
+        ordered = [counts.tokens, counts.predicted, counts.documents, counts.cut, counts.attended]
+        sums = torch.tensor([*ordered, counts.digest, *records.ravel().tolist()], dtype=torch.int64)
+        epoch = rows.epoch if rows is not None else 2**31
+        maxima = torch.tensor([save, stop, (self._rank + 1) * failed, -epoch], dtype=torch.int64)
+        pending = [
+            cast("dist.Work", dist.all_reduce(sums, group=self._group, async_op=True)),
+            cast("dist.Work", dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._group, async_op=True)),
+        ]
+        return Proposal(sums, maxima, pending)
+
+    def settle(self, proposal: Proposal) -> Agreed:
+        """Waits for the exchange."""
+        for work in proposal.pending:
+            work.wait()
+        sums: list[int] = proposal.sums.tolist()
+        save, stop, failed, epoch = proposal.maxima.tolist()
+        tokens, predicted, documents, cut, attended, digest = sums[:6]
+        return Agreed(
+            counts=Counts(tokens, predicted, documents, cut, attended, digest),
+            records=np.array(sums[6:], np.int64).reshape(self._sources, 2),
+            epoch=-epoch,
+            save=bool(save),
+            stop=bool(stop),
+            failed_rank=failed - 1 if failed else None,
+        )
+
+    def sum_state(self, state: np.ndarray) -> np.ndarray:
+        """The data state [N, F] of all lanes, from each rank's own. All ranks call this."""
+        whole = torch.from_numpy(state.copy())
+        dist.all_reduce(whole, group=self._group)
+        return whole.numpy()
+
+    def gather_message(self, message: str | None) -> str:
+        """The first rank's message that is not None, on every rank. All ranks call this."""
+        messages: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(messages, message, group=self._group)
+        return next((m for m in messages if m), "")

@@ -1,0 +1,296 @@
+"""Checkpoints: sharded files written in the background, and a manifest that makes them count.
+
+RUN/checkpoints/step-00001000/
+    __0_0.distcp, __1_0.distcp, ..., .metadata    parameters and optimizer (torch.distributed.checkpoint)
+    train.json    step, tokens and other counters     data.json   where every lane of the data stands
+    manifest.json the size and hash of each file above; written last, so without it there is no checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import orjson
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from flame.errors import CheckpointError
+from flame.train.journal import event, replace_file, sync_directory
+
+FORMAT = 1  # of the files above; older ones are brought up by named migrations
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+Tensors = dict[str, Any]  # a state dict: names to tensors, sharded or plain
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, oldest first; whether they are sound is not asked."""
+    found = (run / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return sorted(int(p.parent.name[5:]) for p in found if p.parent.name[5:].isdigit())
+
+
+def read_record(run: Path, step: int, name: str) -> dict[str, Any]:
+    """One of a checkpoint's JSON files."""
+    return cast("dict[str, Any]", orjson.loads((step_directory(run, step) / name).read_bytes()))
+
+
+# ------------------------------------------------------------------------------------- tensors
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Parameters, buffers and optimizer state by fully qualified name; the tensors themselves, no copies."""
+    state: Tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = value
+    return state
+
+
+def load_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, group: dist.ProcessGroup
+) -> None:
+    """Fills model and optimizer in place from a checkpoint written under any layout."""
+    reader = dcp.FileSystemReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        state: dict[str, Any] = {}
+        for key, meta in saved.items():
+            if not key.startswith(prefix) or "." in key[len(prefix) :]:
+                continue
+            assert isinstance(meta, TensorStorageMetadata)
+            state[key[len(prefix) :]] = (
+                torch.zeros_like(parameter, dtype=meta.properties.dtype, requires_grad=False)
+                if meta.size == parameter.shape
+                else torch.zeros(meta.size, dtype=meta.properties.dtype, device=parameter.device)
+            )
+        if state:
+            optimizer.state[parameter] = state
+    dcp.load(tensors_of(model, optimizer), storage_reader=reader, process_group=group)
+
+
+def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint, whole and on the CPU, in this process alone."""
+    reader = dcp.FileSystemReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    state: Tensors = {
+        key: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for key, meta in saved.items()
+        if key.startswith("model.") and isinstance(meta, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
+# -------------------------------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The JSON files of a checkpoint; only rank 0's are written."""
+
+    train: dict[str, Any]
+    data: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves in the background. All ranks call `save` and `wait` at the same steps.
+
+    `save` returns once the tensors are copied to host memory. A save that fails (a full disk) is an
+    event; nothing half-written stays, and training goes on.
+    """
+
+    def __init__(self, run: Path, group: dist.ProcessGroup, keep: int) -> None:
+        self.run = run
+        self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
+        self._rank = dist.get_rank(group)
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=pinned,
+            )
+        )
+        self.last_saved: int | None = None
+        self.error: str | None = None
+
+    def save(self, step: int, tensors: Tensors, records: Records) -> None:
+        """Begins a checkpoint of `step`. Waits for the one before it."""
+        self.wait()
+        began = time.monotonic()
+        staged = cast("Tensors", self._stager.stage(tensors))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pause = time.monotonic() - began
+        self._thread = threading.Thread(
+            target=self._write, args=(step, staged, records, pause), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the save under way; afterwards `error` says why the last one failed, or is None."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, staged: Tensors, records: Records, pause: float) -> None:
+        began = time.monotonic()
+        final = step_directory(self.run, step)
+        partial = final.with_name(final.name + ".partial")
+        try:
+            self._together(lambda: self._prepare(partial, records))
+            self._together(lambda: self._write_shards(partial, staged))
+            seals = self._together(lambda: self._seal(partial))
+            self._together(lambda: self._commit(partial, final, step, seals))
+        except CheckpointError as error:
+            self.error = str(error)
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                event(self.run, "checkpoint_failed", step=step, why=self.error)
+            return
+        self.error, self.last_saved = None, step
+        if self._rank == 0:
+            seconds = round(time.monotonic() - began, 3)
+            event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
+            prune(self.run, self._keep)
+
+    def _together(self, act: Callable[[], T]) -> list[T]:
+        """What `act` gives on every rank; CheckpointError on all where it fails on any."""
+        result: T | None = None
+        failure: str | None = None
+        try:
+            result = act()
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (failure, result), group=self._group)
+        failure = next((f for f, _ in outcomes if f), None)
+        if failure:
+            raise CheckpointError(failure)
+        return [result for _, result in outcomes]
+
+    def _prepare(self, partial: Path, records: Records) -> None:
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            replace_file(partial / "train.json", orjson.dumps(records.train))
+            replace_file(partial / "data.json", orjson.dumps(records.data))
+
+    def _write_shards(self, partial: Path, staged: Tensors) -> None:
+        writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        dcp.save(staged, storage_writer=writer, process_group=self._group)
+
+    def _seal(self, partial: Path) -> dict[str, Any]:
+        """The seals of this rank's own files."""
+        return {p.name: file_seal(p) for p in partial.iterdir() if self._owns(p.name)}
+
+    def _commit(self, partial: Path, final: Path, step: int, seals: list[dict[str, Any]]) -> None:
+        """Rank 0 writes the manifest, then the directory gets its name."""
+        if self._rank != 0:
+            return
+        files = {name: seal for part in seals for name, seal in sorted(part.items())}
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        replace_file(partial / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        if final.exists():
+            final.rename(final.with_name(f"{final.name}.replaced-{time.time_ns()}"))
+        partial.rename(final)
+        sync_directory(final.parent)
+
+    def _owns(self, name: str) -> bool:
+        return name.startswith(f"__{self._rank}_") or (self._rank == 0 and not name.startswith("__"))
+
+
+def file_seal(path: Path) -> dict[str, Any]:
+    """A file's size and hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def prune(run: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, and what broken saves left behind."""
+    for step in saved_steps(run)[: -max(1, keep)]:
+        shutil.rmtree(step_directory(run, step))
+    for leftover in (run / "checkpoints").glob("step-*.replaced-*"):
+        shutil.rmtree(leftover)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Deletes saves that never got their manifest. Only for who holds the run's lock."""
+    for partial in (run / "checkpoints").glob("step-*.partial"):
+        shutil.rmtree(partial)
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def newest_sound(run: Path, group: dist.ProcessGroup) -> int | None:
+    """The newest checkpoint that every rank finds whole, or None where there is none at all.
+
+    Each rank verifies its part of the files. A broken checkpoint is passed over with an event;
+    CheckpointError where all are broken: a run is never begun again silently.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    box: list[Any] = [saved_steps(run) if rank == 0 else None]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    steps = cast("list[int]", box[0])
+    broken: dict[int, str] = {}
+    for step in reversed(steps):
+        problem = next(problems(step_directory(run, step), rank, world), None)
+        found: list[str | None] = [None] * world
+        dist.all_gather_object(found, problem, group=group)
+        problem = next((p for p in found if p), None)
+        if problem is None:
+            return step
+        broken[step] = problem
+        if rank == 0:
+            event(run, "checkpoint_rejected", step=step, why=problem)
+    if broken:
+        listed = "; ".join(f"step {step}: {why}" for step, why in broken.items())
+        raise CheckpointError(
+            f"{run}: none of its checkpoints is whole ({listed}); restore one of them, "
+            "or start anew in another run directory"
+        )
+    return None
+
+
+def problems(path: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
+    """What is wrong with a checkpoint's files i where i = part (mod parts)."""
+    try:
+        manifest = cast("dict[str, Any]", orjson.loads((path / MANIFEST).read_bytes()))
+        files = cast("dict[str, dict[str, Any]]", manifest["files"])
+    except (OSError, ValueError, KeyError) as error:
+        yield f"{MANIFEST} cannot be read ({type(error).__name__}); do all nodes see {path}?"
+        return
+    if manifest.get("format") != FORMAT:
+        yield f"its format is {manifest.get('format')}, this flame reads {FORMAT}"
+    for name in sorted(files)[part::parts]:
+        file = path / name
+        if not file.exists():
+            yield f"{name} is missing"
+        elif file.stat().st_size != files[name]["bytes"]:
+            yield f"{name} holds {file.stat().st_size} bytes, not {files[name]['bytes']}"
+        elif file_seal(file) != files[name]:
+            yield f"{name} is corrupt: its hash differs from the manifest's"

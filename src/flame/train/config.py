@@ -1,0 +1,108 @@
+"""The settings that the train package reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flame.schema import Duration, parse_count, parse_duration, setting
+
+
+def parse_micro_batch_rows(raw: Any) -> int | None:
+    """`auto` (None) or a whole number of rows."""
+    return None if raw == "auto" else parse_count(raw)
+
+
+@dataclass
+class RunConfig:
+    directory: str = setting(help="everything the run writes lies here", identity=False)
+    seed: int = setting(42, help="of the initialisation, the order of the data and dropout", identity=True)
+    steps: int | None = setting(
+        None, help="length of the run in optimizer steps", identity=False, parse=parse_count
+    )
+    tokens: int | None = setting(
+        None,
+        help='length of the run in tokens ("10B"); give this or steps',
+        identity=False,
+        parse=parse_count,
+    )
+    max_restarts: int = setting(
+        10, help="automatic restarts after a crash before the run gives up with exit code 3", identity=False
+    )
+
+
+@dataclass
+class BatchConfig:
+    tokens_per_step: int = setting(
+        help="tokens in one optimizer step over all ranks, a whole number of rows",
+        identity=True,
+        parse=parse_count,
+    )
+    micro_batch_rows: int | None = setting(
+        None,
+        help="rows a forward pass takes on one rank; auto: as many as hold 65,536 tokens on a GPU, "
+        "one on a CPU",
+        identity=False,
+        parse=parse_micro_batch_rows,
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = setting("adamw", help="the optimizer", identity=True, choices=("adamw",))
+    learning_rate: float = setting(1e-3, help="the peak of the schedule", identity=True)
+    beta1: float = setting(0.9, help="decay of the gradient's running mean", identity=True)
+    beta2: float = setting(0.95, help="decay of the squared gradient's running mean", identity=True)
+    epsilon: float = setting(1e-8, help="added to the denominator", identity=True)
+    weight_decay: float = setting(
+        0.1, help="decoupled; matrices only, never norms, biases and what the model exempts", identity=True
+    )
+    clip_norm: float = setting(
+        1.0, help="gradients longer than this are scaled down to it; 0: never", identity=True
+    )
+
+
+@dataclass
+class ScheduleConfig:
+    warmup: Duration = setting(
+        Duration(0, "steps"),
+        help="linear rise from 0 to the peak",
+        identity=True,
+        parse=parse_duration("steps", "tokens"),
+    )
+    decay: str = setting(
+        "cosine",
+        help="shape after the warm-up; wsd stays at the peak until decay_fraction of the run is left",
+        identity=True,
+        choices=("cosine", "linear", "sqrt", "constant", "wsd"),
+    )
+    final_fraction: float = setting(0.1, help="of the peak, at the run's end", identity=True)
+    decay_fraction: float = setting(0.2, help="wsd: the share of the run that decays", identity=True)
+    decay_shape: str = setting(
+        "linear",
+        help="wsd: the shape of that decay",
+        identity=True,
+        choices=("cosine", "linear", "sqrt"),
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    every: Duration = setting(
+        Duration(1000, "steps"),
+        help="between checkpoints; there is always one at the end and one at a stop",
+        identity=False,
+        parse=parse_duration("steps", "tokens", "minutes"),
+    )
+    keep: int = setting(2, help="newest checkpoints kept", identity=False)
+
+
+@dataclass
+class LoggingConfig:
+    every: Duration = setting(
+        Duration(1, "steps"),
+        help="between lines of metrics.jsonl",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    tensorboard: bool = setting(True, help="also write RUN/tensorboard", identity=False)

@@ -1,0 +1,241 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from flame.batch import StepRows
+from flame.errors import CheckpointError, DataError, Exit
+from flame.schema import Duration
+from flame.train.agreement import Agreed, Agreement, Proposal
+from flame.train.checkpoint import Checkpointer, Records, tensors_of
+from flame.train.journal import SkipLog, event
+from flame.train.metrics import Meter
+from flame.train.optimizer import set_learning_rate
+from flame.train.schedule import Schedule
+from flame.train.step import train_step
+
+
+class RowReader(Protocol):
+    """Where the rows come from; `flame.data.loader.Loader` is one."""
+
+    def next_step(self) -> StepRows:
+        """The next step's rows of this rank. Raises DataError where they cannot be read."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far a run is, besides its tensors; saved as a checkpoint's train.json."""
+
+    step: int = 0
+    tokens: int = 0  # of real rows, unpredicted ones included
+    documents: int = 0
+    updates_skipped: int = 0
+    records: list[list[int]] = field(default_factory=list[list[int]])  # per source: passed, skipped
+
+    def with_records(self, agreed: Agreed) -> np.ndarray:
+        """Records passed and skipped, [sources, 2], when the next step is trained too."""
+        return agreed.records + np.array(self.records or np.zeros_like(agreed.records), np.int64)
+
+    def advance(self, agreed: Agreed) -> None:
+        """Counts one more trained step."""
+        self.records = self.with_records(agreed).tolist()
+        self.step += 1
+        self.tokens += agreed.counts.tokens
+        self.documents += agreed.counts.documents
+
+
+@dataclass
+class Job:
+    """Everything that the loop drives, already built and, on a resume, loaded."""
+
+    run: Path
+    seed: int
+    total_steps: int
+    tokens_per_step: int
+    clip_norm: float
+    checkpoint_every: Duration
+    logging_every: Duration
+
+    guest: nn.Module  # the model itself, whose names checkpoints use
+    model: nn.Module  # the guest with its loss; called with a Batch
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    rows: RowReader
+    agreement: Agreement
+    checkpointer: Checkpointer
+    meter: Meter
+    skip_log: SkipLog
+    rank: int
+    progress: Progress
+
+    should_stop: Callable[[], bool]
+    check_records: Callable[[np.ndarray], None]  # raises DataError when too many are skipped
+    data_record: Callable[[int, np.ndarray], dict[str, Any]]  # data.json of a step and its whole state
+    extra_record: dict[str, Any]  # goes into train.json too
+
+
+def train(job: Job) -> Exit:
+    """Trains until the last step or a stop request, and always leaves a checkpoint.
+
+    Where data cannot be read, every rank saves at the same step and raises the same DataError.
+    """
+    clock = SaveClock(job.checkpoint_every)
+    trained: StepRows | None = None  # the rows of the last step made here
+    coming = Coming.fetch(job, clock)
+    job.meter.start()
+
+    while job.progress.step < job.total_steps:
+        # what all ranks agreed on before this step
+        agreed = coming.settle(job)
+        problem = data_problem(job, coming, agreed)
+        if problem is not None or agreed.stop:
+            return leave(job, trained, problem)
+        assert coming.rows is not None
+        trained = coming.rows
+
+        # forward, backward, update
+        step = job.progress.step + 1
+        learning_rate = job.schedule.learning_rate(step)
+        set_learning_rate(job.optimizer, learning_rate)
+        result = train_step(
+            job.model,
+            job.optimizer,
+            [batch.to(job.device) for batch in trained.micro_batches],
+            predicted=agreed.counts.predicted,
+            clip_norm=job.clip_norm,
+            seed=(job.seed, step),
+        )
+        job.progress.advance(agreed)
+        job.meter.count(agreed, result, trained.wait_seconds)
+
+        # while the device works: the next step's rows, and the exchange about them
+        if step < job.total_steps:
+            coming = Coming.fetch(job, clock)
+
+        # write down
+        write_skips(job, trained, agreed)
+        if step in (1, job.total_steps) or crossed(job.logging_every, step, job.tokens_per_step):
+            job.meter.log(job.progress, agreed, result, learning_rate)
+        if agreed.save or crossed(job.checkpoint_every, step, job.tokens_per_step):
+            save(job, trained)
+            clock.saved()
+
+    return finish(job, trained)
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The next step's rows on this rank, and the exchange about them on its way."""
+
+    rows: StepRows | None
+    failure: DataError | None  # of this rank's own data
+    proposal: Proposal
+
+    @staticmethod
+    def fetch(job: Job, clock: SaveClock) -> Coming:
+        rows: StepRows | None = None
+        failure: DataError | None = None
+        try:
+            rows = job.rows.next_step()
+        except DataError as error:
+            failure = error
+        save_now = job.rank == 0 and clock.due()
+        proposal = job.agreement.propose(
+            rows, save=save_now, stop=job.should_stop(), failed=failure is not None
+        )
+        return Coming(rows, failure, proposal)
+
+    def settle(self, job: Job) -> Agreed:
+        return job.agreement.settle(self.proposal)
+
+
+@dataclass
+class SaveClock:
+    """Whether it is time to save, where the interval is in minutes; rank 0's clock counts."""
+
+    every: Duration
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        return self.every.unit == "minutes" and time.monotonic() - self.last >= 60 * self.every.amount
+
+    def saved(self) -> None:
+        self.last = time.monotonic()
+
+
+def crossed(every: Duration, step: int, tokens_per_step: int) -> bool:
+    """Whether `step` is the first at or past a multiple of `every`. Never for minutes."""
+    if every.unit == "minutes":
+        return False
+    size = 1 if every.unit == "steps" else tokens_per_step
+    return step * size // every.amount > (step - 1) * size // every.amount
+
+
+def data_problem(job: Job, coming: Coming, agreed: Agreed) -> DataError | None:
+    """The error that every rank raises where the next step's data cannot be trained."""
+    if agreed.failed_rank is not None:
+        text = job.agreement.gather_message(str(coming.failure) if coming.failure else None)
+        return DataError(text)
+    try:
+        job.check_records(job.progress.with_records(agreed))
+    except DataError as error:
+        return error
+    return None
+
+
+def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
+    """Each rank names the records that its own lanes skipped; rank 0 counts them in an event."""
+    job.skip_log.write(trained.skips)
+    skipped = int(agreed.records[:, 1].sum())
+    if job.rank == 0 and skipped:
+        event(job.run, "record_skipped", step=job.progress.step, records=skipped)
+
+
+def save(job: Job, trained: StepRows) -> None:
+    """Begins a checkpoint of the step just made. All ranks call it at the same step."""
+    job.progress.updates_skipped = job.meter.updates_skipped()
+    state = job.agreement.sum_state(trained.state)
+    records = Records(
+        train={**asdict(job.progress), **job.extra_record},
+        data=job.data_record(trained.step + 1, state),
+    )
+    job.checkpointer.save(job.progress.step, tensors_of(job.guest, job.optimizer), records)
+
+
+def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
+    """Saves what was trained and stops before the next step."""
+    save_last(job, trained)
+    if problem is not None:
+        raise problem
+    return Exit.STOPPED
+
+
+def finish(job: Job, trained: StepRows | None) -> Exit:
+    """The last checkpoint, then the end."""
+    save_last(job, trained)
+    if job.rank == 0:
+        event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens)
+    return Exit.DONE
+
+
+def save_last(job: Job, trained: StepRows | None) -> None:
+    """Makes sure that the last trained step has a checkpoint. Raises CheckpointError where it cannot."""
+    job.checkpointer.wait()
+    if trained is not None and job.checkpointer.last_saved != job.progress.step:
+        save(job, trained)
+        job.checkpointer.wait()
+        if job.checkpointer.error:
+            raise CheckpointError(
+                f"{job.run}: step {job.progress.step} could not be saved: {job.checkpointer.error}"
+            )

@@ -1,0 +1,252 @@
+"""The supervisor of a run's processes on one machine, and a worker's side of the bargain.
+
+`supervise` starts the ranks from a warm parent, restarts them after a crash, passes a stop request on,
+and leaves no process behind. It is torch's elastic agent with four differences: signals are requests to
+stop, not deaths; survivors of a crash are killed at once, before they can begin anything with a dead
+peer; wrong input is never retried; and a crash that repeats without progress ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import orjson
+import torch.multiprocessing.spawn  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from flame.errors import Exit, FlameError
+from flame.train.journal import event, read_lines
+from flame.train.lifeline import die_with_parent
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+MONITOR_SECONDS = 0.1
+FRUITLESS_RESTARTS = 3  # crashes in a row without a new step, after which restarting is pointless
+
+WARM_PARENT_LOST = 255  # what multiprocessing says of a process when its fork server was killed
+
+Work = Callable[..., int]
+
+
+# ------------------------------------------------------------------------------- supervisor
+
+
+def supervise(work: Work, args: tuple[Any, ...], *, run: Path, ranks: int, max_restarts: int) -> Exit:
+    """Runs `work(*args)` on `ranks` processes of this machine until it is done, stopped or hopeless.
+
+    `work` is a module-level function that returns an exit code; see `worker`.
+    """
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours, below
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(
+            logging.CRITICAL
+        )  # what they would report, `Supervisor` says shorter
+    with tempfile.TemporaryDirectory(prefix="flame-") as scratch:
+        rendezvous = get_rendezvous_handler(
+            RendezvousParameters(
+                backend="c10d",
+                endpoint="localhost:0",
+                run_id=uuid.uuid4().hex,
+                min_nodes=1,
+                max_nodes=1,
+                local_addr="localhost",
+                is_host=True,
+            )
+        )
+        spec = WorkerSpec(
+            role="flame",
+            local_world_size=ranks,
+            rdzv_handler=rendezvous,
+            entrypoint=worker,
+            args=(work, *args),
+            max_restarts=max_restarts,
+            monitor_interval=MONITOR_SECONDS,
+            master_addr="localhost",
+        )
+        agent = Supervisor(spec, DefaultLogsSpecs(log_dir=scratch), run)
+        agent.take_signals()
+        try:
+            result = agent.run()
+        finally:
+            rendezvous.shutdown()
+    for number in STOP_SIGNALS:  # too late to stop anything: the exit code stays what the run came to
+        signal.signal(number, signal.SIG_IGN)
+    return agent.verdict(result)
+
+
+_Agent: Any = LocalElasticAgent  # its methods are wrapped by an untyped decorator
+
+
+class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
+    """torch's elastic agent for one run directory."""
+
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, run: Path) -> None:
+        super().__init__(spec, logs, start_method="forkserver", exit_barrier_timeout=5)
+        self._run_directory = run
+        self._stop_signal: int | None = None
+        self._passed_on = False
+        self._failures_at: list[int] = []  # the last step at each crash
+        self._wrong_input: str | None = None
+        self._lost = 0  # the rank that died first
+
+    # signals
+
+    def take_signals(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_signal == signal.SIGINT and number == signal.SIGINT:
+            os._exit(130)  # asked twice: the warm parent and the workers die with this process
+        self._stop_signal = self._stop_signal or number
+
+    def _pass_on(self) -> None:
+        """Passes a stop request to the workers, once."""
+        if self._stop_signal is None or self._passed_on:
+            return
+        self._passed_on = True
+        self._remaining_restarts = 0
+        step = last_step(self._run_directory)
+        event(self._run_directory, "signal", step=step, signal=signal.Signals(self._stop_signal).name)
+        self._kill(signal.SIGTERM)
+
+    def _kill(self, number: int) -> None:
+        for process in self._processes():
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
+
+    def _processes(self) -> list[Any]:
+        context: Any = self._pcontext
+        return [] if context is None or context._pc is None else list(context._pc.processes)
+
+    # what the agent's loop calls
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        pids = super()._start_workers(worker_group)
+        self.take_signals()
+        if self._failures_at:
+            step, attempt = self._failures_at[-1], len(self._failures_at)
+            event(self._run_directory, "restart", step=step, attempt=attempt, pids=list(pids.values()))
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._pass_on()
+        codes = {rank: p.exitcode for rank, p in enumerate(self._processes())}
+        dead = {rank: code for rank, code in codes.items() if code not in (None, 0)}
+        if dead:
+            # a rank that a signal ended comes before one that only lost its peer
+            self._lost = min(dead, key=lambda rank: (dead[rank] > 0, rank))
+            self._kill(signal.SIGKILL)
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED:
+            self._on_failure(result)
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(signal.SIGKILL)
+
+    def _on_failure(self, result: RunResult) -> None:
+        """Notes which rank was lost, and whether a restart can help."""
+        wrong = [f for f in result.failures.values() if f.exitcode == Exit.WRONG_INPUT]
+        if wrong:
+            self._wrong_input = str(wrong[0].message)
+            self._remaining_restarts = 0
+            return
+        if self._stop_signal is not None:
+            return
+        lost = self._processes()[self._lost]
+        rank, step = self._lost, last_step(self._run_directory)
+        how = described(lost.exitcode)
+        event(self._run_directory, "rank_lost", step=step, rank=rank, pid=lost.pid, how=how)
+        self._failures_at.append(step)
+        recent = self._failures_at[-FRUITLESS_RESTARTS:]
+        if len(recent) == FRUITLESS_RESTARTS and len(set(recent)) == 1:
+            self._remaining_restarts = 0
+        again = "starting again" if self._remaining_restarts > 0 else "giving up"
+        print(f"flame: rank {rank} was lost ({how}) after step {step}; {again}", file=sys.stderr)
+
+    # the end
+
+    def verdict(self, result: RunResult) -> Exit:
+        """The run's exit code."""
+        if result.state == WorkerState.SUCCEEDED:
+            return Exit(max(result.return_values.values()))
+        if self._wrong_input is not None:
+            print(f"flame: {self._wrong_input}", file=sys.stderr)
+            return Exit.WRONG_INPUT
+        killed_while_starting = all(f.exitcode == -signal.SIGTERM for f in result.failures.values())
+        if self._stop_signal is not None and killed_while_starting:
+            return Exit.STOPPED  # a worker that has begun to train does not die of SIGTERM
+        event(self._run_directory, "failed", step=last_step(self._run_directory))
+        logs = self._run_directory / "logs"
+        print(f"flame: training failed; what the ranks said is in {logs}", file=sys.stderr)
+        return Exit.FAILED
+
+
+def described(code: int) -> str:
+    """How a process ended."""
+    if code == WARM_PARENT_LOST:
+        return "the process it was forked from is gone"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def last_step(run: Path) -> int:
+    """The last step in a run's metrics, 0 where there is none."""
+    return max((record["step"] for record in read_lines(run / "metrics.jsonl")), default=0)
+
+
+# ----------------------------------------------------------------------------------- worker
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR1 or SIGINT; read once a step."""
+
+    def __init__(self) -> None:
+        self._set = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def __call__(self) -> bool:
+        return self._set
+
+
+def worker(work: Work, *args: Any) -> int:
+    """A supervised process: dies with its supervisor, and turns errors into exit codes.
+
+    `work(stop, *args)` gets the flag that a stop request sets.
+    """
+    stop = StopFlag()
+    die_with_parent()
+    os.setsid()  # Ctrl-C goes to the supervisor alone
+    try:
+        return work(stop, *args)
+    except FlameError as error:
+        report = {"message": {"message": str(error), "extraInfo": {"timestamp": "0"}}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_bytes(orjson.dumps(report))
+        leave(Exit.WRONG_INPUT)
+    except BaseException:
+        traceback.print_exc()
+        leave(Exit.FAILED)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now: a peer may be gone, and destructors of process groups would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,110 @@
+"""What several tests share: a small corpus of real text, and a recipe on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flame.data.tokens import train_tokenizer
+
+MODELS = {
+    "gla": {
+        "model_type": "gla",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 2,
+        "expand_k": 0.5,
+        "expand_v": 1,
+        "vocab_size": 384,
+        "tie_word_embeddings": False,
+        "fuse_cross_entropy": False,
+    },
+    "llama": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "max_position_embeddings": 512,
+    },
+}
+
+RECIPE = """
+[run]
+directory = "{run}"
+seed = 7
+steps = {steps}
+[model]
+config = "{model}"
+[tokenizer]
+path = "{tokenizer}"
+[data]
+sequence_length = 64
+[[data.sources]]
+name = "python"
+files = "{text}"
+[batch]
+tokens_per_step = 768
+[optimizer]
+learning_rate = 3e-3
+[schedule]
+warmup = "5 steps"
+[checkpoint]
+every = "4 steps"
+[logging]
+tensorboard = false
+"""
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> None:
+    """Nothing here may ask a hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.jsonl of Python's own source files, and a tokenizer trained on it."""
+    folder = tmp_path_factory.mktemp("text")
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    texts = [path.read_text(errors="ignore")[:4000] for path in files]
+    with (folder / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts if text)
+    train_tokenizer(texts, 384, folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def write_recipe(text_folder: Path, tmp_path: Path) -> WriteRecipe:
+    """Writes a recipe of a tiny model; gives its path. The run lies in tmp_path/NAME."""
+
+    def write(
+        name: str = "run", model: str = "gla", steps: int = 30, replaced: dict[str, str] | None = None
+    ) -> Path:
+        config = tmp_path / f"{model}.json"
+        config.write_text(json.dumps(MODELS[model]))
+        text = RECIPE.format(
+            run=tmp_path / name,
+            steps=steps,
+            model=config,
+            tokenizer=text_folder / "tokenizer",
+            text=text_folder / "text.jsonl",
+        )
+        for old, new in (replaced or {}).items():
+            assert old in text, old
+            text = text.replace(old, new)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,40 @@
+"""The loss equals torch's own cross-entropy over the whole batch, whatever the chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flame.batch import IGNORED
+from flame.train import loss
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_cross_entropy_and_its_gradients_equal_the_plain_one(
+    tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 64)
+    torch.manual_seed(0)
+    states = torch.randn(tokens, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 40, bias=bias)
+    labels = torch.randint(0, 40, (tokens,))
+    labels[::7] = IGNORED
+    plain = F.cross_entropy(head(states), labels, ignore_index=IGNORED, reduction="sum")
+    wanted = torch.autograd.grad(plain, [states, *head.parameters()])
+    chunked = loss.chunked_cross_entropy(states, head.weight, head.bias, labels)
+    got = torch.autograd.grad(chunked, [states, *head.parameters()])
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-4)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient() -> None:
+    states = torch.randn(8, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 40)
+    labels = torch.full((8,), IGNORED)
+    total = loss.chunked_cross_entropy(states, head.weight, head.bias, labels)
+    assert total.item() == 0.0
+    (gradient,) = torch.autograd.grad(total, [states])
+    assert torch.equal(gradient, torch.zeros_like(gradient))
