@@ -8,26 +8,35 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from flame.data.tokens import train_tokenizer
 
-DOCUMENT_CHARACTERS = 100_000  # of a file, at most: a generated table of constants is no text
+CHARACTERS_A_TOKEN = 3.4  # of this text with 32,000 tokens
+MEAN_LOG_TOKENS, SPREAD = 6.2, 1.1  # of a document's length: web-like, log-normal, 900 tokens on average
 TOKENIZER_CHARACTERS = 8_000_000
 
 
-def source_files(characters: int) -> Iterator[str]:
-    """Contents of the standard library's and the installed packages' Python files, up to `characters`."""
+def documents(characters: int) -> Iterator[str]:
+    """The standard library's and the installed packages' Python files, up to `characters` in all, cut at
+    line ends into documents whose lengths are distributed as those of web text."""
+    lengths = np.random.default_rng(0)
     paths = sysconfig.get_paths()
     for root in (paths["stdlib"], paths["purelib"]):
         for path in sorted(Path(root).rglob("*.py")):
-            if characters <= 0:
-                return
             try:
-                text = path.read_text(encoding="utf-8")[:DOCUMENT_CHARACTERS]
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             except (OSError, UnicodeDecodeError):
                 continue
-            if text.strip():
+            while lines:
+                wanted = CHARACTERS_A_TOKEN * (lengths.lognormal(MEAN_LOG_TOKENS, SPREAD) + 16)
+                text = ""
+                while lines and len(text) < wanted:
+                    text += lines.pop(0)
                 characters -= len(text)
                 yield text
+                if characters <= 0:
+                    return
 
 
 def prepare(folder: Path, characters: int, vocabulary: int) -> tuple[Path, Path]:
@@ -37,10 +46,10 @@ def prepare(folder: Path, characters: int, vocabulary: int) -> tuple[Path, Path]
         folder.mkdir(parents=True, exist_ok=True)
         partial = text.with_suffix(".partial")
         with partial.open("w") as file:
-            file.writelines(json.dumps({"text": t}) + "\n" for t in source_files(characters))
+            file.writelines(json.dumps({"text": t}) + "\n" for t in documents(characters))
         partial.rename(text)
     if not tokenizer.exists():
-        train_tokenizer(source_files(TOKENIZER_CHARACTERS), vocabulary, tokenizer)
+        train_tokenizer(documents(TOKENIZER_CHARACTERS), vocabulary, tokenizer)
     return text, tokenizer
 
 

@@ -24,14 +24,14 @@ from typing import Any
 import tomli_w
 from text import prepare
 
-CHARACTERS_A_TOKEN = 3.2  # of Python source with 32,000 tokens; only decides how much text is laid out
-SETTLED = 20  # steps at the end that are measured
+SETTLED = 20  # steps at the end that are measured, at the least
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--log-every", type=int, default=5, help="steps; each log waits for the GPU")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--name", default=None, help="what the result calls this run")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flame-benchmark"))
@@ -47,7 +47,7 @@ def main() -> None:
     recipe["tokenizer"]["path"] = str(tokenizer)
     recipe["data"]["sources"] = [{"name": "python", "files": str(text)}]
     recipe["schedule"]["warmup"] = f"{min(10, options.steps)} steps"
-    recipe["logging"] = {"tensorboard": False}
+    recipe["logging"] = {"tensorboard": False, "every": f"{options.log_every} steps"}
     path = options.folder / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe))
     command = [sys.executable, "-m", "flame", "train", str(path), *overrides]
@@ -68,11 +68,11 @@ def measured(run: Path) -> dict[str, Any]:
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except FileNotFoundError:
         return {"steps": 0}
-    settled = metrics[-SETTLED:]
+    settled = [m for m in metrics if m["step"] > metrics[-1]["step"] - SETTLED]
     environment = json.loads((run / "environment.json").read_text())
     seconds = statistics.median(m["step_seconds"] for m in settled)
     return {
-        "steps": len(metrics),
+        "steps": metrics[-1]["step"],
         "tokens_per_second": round(statistics.median(m["tokens_per_second"] for m in settled)),
         "step_seconds": seconds,
         "step_seconds_range": [

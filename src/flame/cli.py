@@ -29,8 +29,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs a command; its exit code. Prints the message of a FlameError, never its traceback."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(call(options))
     except FlameError as error:
@@ -146,4 +147,6 @@ def make_parser() -> Parser:
 
 
 def add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(parser=parser)  # the innermost one: it knows which options are near a misspelled one
+    return parser

@@ -89,6 +89,8 @@ def check(recipe: Recipe, origin: str) -> None:
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Refuses a layout that cannot be on `ranks` processes. Raises RecipeError."""
+    if ranks < 1:
+        raise RecipeError(f"--nproc: found {ranks}, expected at least 1")
     layout = resolve_layout(recipe.parallel, ranks)
     rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
     if layout.data_ranks > rows:

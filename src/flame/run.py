@@ -23,12 +23,13 @@ from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
-from flame.errors import DataError, Exit, ModelError
+from flame.errors import DataError, Exit, FlameError, ModelError
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
 from flame.models.flops import peak_flops
 from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
+from flame.parallel.fsdp import settle
 from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
@@ -47,6 +48,7 @@ from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
 from flame.train.schedule import Schedule
+from flame.train.shards import Shards
 
 AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
 
@@ -104,8 +106,6 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
         if world.rank == 0:
             print(f"{recipe.directory} is finished: step {saved.progress.step} of {recipe.total_steps}")
         return Exit.DONE
-    if step is None:
-        initialize(guest.model, guest.config, recipe.run.seed, world.device)
 
     rows = micro_batch_rows(recipe, world, saved)
     begin(recipe, world, guest, saved)
@@ -173,12 +173,13 @@ class Guest:
     family: Family
     model: nn.Module  # as transformers knows it; its parameters are sharded
     with_loss: LossModule
+    shards: Shards
     optimizer: torch.optim.Optimizer
     compute: torch.dtype
 
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
-    """The model on meta, parallelised, with its optimizer; no weights yet."""
+    """The model, parallelised, with its initial weights and its optimizer."""
     config = load_config(recipe.model.config)
     family = family_of(config)
     if catalog.vocab_size > config.vocab_size:
@@ -187,7 +188,9 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     compute = compute_dtype(recipe, world.device)
-    model = build_on_meta(config)
+    if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
+        torch.set_float32_matmul_precision("high")
+    model = build_model(recipe.model.config, config)
     with_loss = LossModule(model, family.hidden, family.head(model))
     mesh = data_mesh(resolve_layout(recipe.parallel, world.size), world.device.type)
     on_gpu = world.device.type == "cuda"
@@ -198,9 +201,22 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
     )
-    no_decay = family.no_weight_decay(model)
-    optimizer = build_optimizer(model.named_parameters(), recipe.optimizer, no_decay, fused=on_gpu)
-    return Guest(config, family, model, with_loss, optimizer, compute)
+    initialize(model, config, recipe.run.seed, world.device)
+    settle(with_loss)
+    shards = Shards(model)
+    optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
+    return Guest(config, family, model, with_loss, shards, optimizer, compute)
+
+
+def build_model(path: str, config: Any) -> nn.Module:
+    """The model on meta. Raises ModelError where its own code refuses the config."""
+    try:
+        return build_on_meta(config)
+    except FlameError:
+        raise
+    except Exception as error:  # a guest's constructor raises whatever it likes
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: the model cannot be built from this config: {reason}; mend it") from error
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -235,8 +251,8 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int
     difference = fingerprint_difference(state.fingerprint, data.fingerprint)
     if difference is not None:
         raise DataError(f"{recipe.directory} was started with other data: {difference}")
-    initialize(guest.model, guest.config, recipe.run.seed, world.device)  # buffers that are not saved
-    load_tensors(guest.model, guest.optimizer, step_directory(recipe.directory, step), world.checkpoint)
+    path = step_directory(recipe.directory, step)
+    load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
     return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])
 
 
@@ -306,6 +322,7 @@ def make_job(
         guest=guest.model,
         model=guest.with_loss,
         device=world.device,
+        shards=guest.shards,
         optimizer=guest.optimizer,
         schedule=Schedule.of(
             recipe.schedule, recipe.optimizer, recipe.total_steps, recipe.batch.tokens_per_step

@@ -14,7 +14,7 @@ from flame.train.checkpoint import saved_steps, step_directory
 from flame.train.journal import read_lines
 
 STEPS = 30
-TOLERANCE = 2e-3  # in the loss: other layouts add up in another order
+TOLERANCE = 1e-6  # in the loss: on CPU any number of ranks sums to the same bits, but for rare roundings
 EXACT = ("step", "tokens", "epoch", "documents", "records_skipped", "rows_digest", "learning_rate")
 
 

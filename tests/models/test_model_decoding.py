@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from small_models import SMALL, VOCABULARY, initialized
+from models.small_models import SMALL, VOCABULARY, initialized
 from transformers import AutoModelForCausalLM
 
 LOGITS = {"atol": 2e-5, "rtol": 1e-4}  # float32

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from small_models import SMALL, VOCABULARY, initialized
+from models.small_models import SMALL, VOCABULARY, initialized
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_models import SMALL, initialized, packed
+from models.small_models import SMALL, initialized, packed
 from torch.utils.flop_counter import FlopCounterMode
 
 from flame.models.flops import peak_flops

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_models import SMALL, initialized, packed
+from models.small_models import SMALL, initialized, packed
 
 from flame.models.registry import family_of
 

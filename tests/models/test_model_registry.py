@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_models import SMALL
+from models.small_models import SMALL
 from transformers import GPT2Config
 
 from flame.errors import ModelError

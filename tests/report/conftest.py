@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recorded_run import RunWriter
+from report.recorded_run import RunWriter
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recorded_run import RunWriter
+from report.recorded_run import RunWriter
 
-from flame.errors import DataError, RecipeError
+from flame.errors import CheckpointError, RecipeError
 from flame.report.attempts import attempts_of, marks_of
 from flame.report.history import read_history
 from flame.report.timeline import timeline_of
@@ -32,7 +32,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_broken_line_is_refused_with_the_file(new_run: New) -> None:
     run = new_run("broken")
     (run.path / "metrics.jsonl").write_text("{nonsense\n")
-    with pytest.raises(DataError, match=r"metrics\.jsonl: a line is not JSON"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 1 is no JSON"):
         read_history(run.path)
 
 

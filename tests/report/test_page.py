@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from recorded_run import RunWriter
+from report.recorded_run import RunWriter
 
 from flame import cli
 from flame.commands.report import report

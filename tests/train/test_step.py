@@ -17,7 +17,8 @@ from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
 from flame.train.loss import LossModule
 from flame.train.optimizer import build_optimizer, set_learning_rate
-from flame.train.step import gradient_norm, train_step
+from flame.train.shards import Shards
+from flame.train.step import train_step
 
 VOCABULARY, WIDTH, LENGTH = 50, 12, 8
 
@@ -59,10 +60,11 @@ def plain_step(batches: list[Batch], clip_norm: float) -> tuple[float, list[torc
     """The same in plain torch on one process."""
     model = guest()
     module = LossModule(model, hidden, model.head)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(), {"block.bias"}, fused=False)
+    optimizer = build_optimizer(shards := Shards(model), OptimizerConfig(), {"block.bias"}, fused=False)
     total = sum((module(b) for b in batches), torch.zeros(()))
     (total / predicted(batches)).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    shards.take_gradients()
     optimizer.step()
     return norm, [p.detach() for p in model.parameters()]
 
@@ -77,9 +79,16 @@ def sharded_step(replicate: int, clip_norm: float) -> int:
     module = LossModule(model, hidden, model.head)
     layout = resolve_layout(ParallelConfig(replicate, -1), world.size)
     shard(module, [model.block], data_mesh(layout, "cpu"), torch.float32)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(), {"block.bias"}, fused=False)
+    shards = Shards(model)
+    optimizer = build_optimizer(shards, OptimizerConfig(), {"block.bias"}, fused=False)
     result = train_step(
-        module, optimizer, batches[world.rank], predicted=predicted(flat), clip_norm=clip_norm, seed=(0, 1)
+        module,
+        shards,
+        optimizer,
+        batches[world.rank],
+        predicted=predicted(flat),
+        clip_norm=clip_norm,
+        seed=(0, 1),
     )
     torch.testing.assert_close(result.grad_norm.item(), norm, rtol=1e-5, atol=0)
     for parameter, other in zip(model.parameters(), wanted, strict=True):
@@ -103,13 +112,14 @@ def poisoned_step() -> int:
     model = guest()
     module = LossModule(model, hidden, model.head)
     shard(module, [model.block], data_mesh(resolve_layout(ParallelConfig(), 2), "cpu"), torch.float32)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(), set(), fused=False)
+    shards = Shards(model)
+    optimizer = build_optimizer(shards, OptimizerConfig(), set(), fused=False)
     set_learning_rate(optimizer, 0.1)
     if world.rank == 1:
         with torch.no_grad():
             next(model.block.parameters()).to_local().fill_(math.nan)
     before = [p.to_local().clone() for p in model.parameters()]
-    result = train_step(module, optimizer, [rows(1, 2)], predicted=14, clip_norm=1.0, seed=(0, 1))
+    result = train_step(module, shards, optimizer, [rows(1, 2)], predicted=14, clip_norm=1.0, seed=(0, 1))
     assert math.isnan(result.grad_norm.item())
     for parameter, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.to_local(), old, equal_nan=True)
@@ -122,4 +132,6 @@ def test_the_norm_of_a_plain_model_is_torchs() -> None:
     model = nn.Linear(7, 5)
     model(torch.randn(3, 7)).square().sum().backward()
     wanted = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient_norm(model.parameters()), wanted)
+    shards = Shards(model)
+    shards.take_gradients()
+    torch.testing.assert_close(shards.gradient_norm(), wanted)

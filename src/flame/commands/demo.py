@@ -28,7 +28,7 @@ STEPS = 120
 KILL_AT, STOP_AT = STEPS // 2, STEPS * 3 // 4
 TEXT_CHARACTERS = 6_000_000
 VOCABULARY = 4096
-LOSS_TOLERANCE = 5e-3  # two layouts add up in another order
+LOSS_TOLERANCE = 1e-3  # the two differ in threads a rank, hence at times in a rounding
 PROMPT = "def __init__(self"
 STEP_SECONDS = 120  # the longest that the demo waits for a step
 

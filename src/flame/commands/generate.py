@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from flame.commands.export import export_run
 from flame.errors import Exit, ModelError
@@ -32,6 +33,7 @@ def generate(model: str, prompt: str, tokens: int, temperature: float, seed: int
 
 def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and up to `tokens` tokens more, by transformers' own `generate`."""
+    disable_progress_bar()  # transformers draws one for every load
     model = cast("Any", load_exported(path))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()

@@ -25,6 +25,8 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, as_json: b
     recipe = read_recipe(Path(path), flags)
     plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
     wanted = parse_steps(steps)
+    if ranks < 1:
+        raise RecipeError(f"--ranks: found {ranks}, expected at least 1")
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     tokenizer = catalog.load_tokenizer()
     for step, rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,7 +15,7 @@ from flame.data.plan import DataPlan
 from flame.errors import Exit
 from flame.parallel.mesh import ranks_around
 from flame.recipe import Recipe, check_ranks, read_recipe, refuse_other_run, run_recipe
-from flame.train.lifeline import WARM_PARENT
+from flame.train.lifeline import STOP_SIGNALS, WARM_PARENT
 
 # what the ranks import, done once in the parent they are forked from; nothing here touches a GPU ...
 WARM = (
@@ -63,6 +64,8 @@ def join(recipe: Recipe, ranks: int) -> Exit:
 
 def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     """Starts the ranks and keeps them running."""
+    for number in STOP_SIGNALS:  # until the supervisor takes them: there is nothing to save yet
+        signal.signal(number, lambda *_: os._exit(Exit.STOPPED))
     # with NVML asked instead of the driver, looking for GPUs does not spoil them for forked processes
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with_gpu = has_gpu()

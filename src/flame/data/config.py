@@ -10,7 +10,8 @@ from flame.schema import parse_count, parse_strings, setting
 @dataclass
 class TokenizerConfig:
     path: str = setting(
-        help="a tokenizer.json, or a directory that holds one (as transformers saves it)", identity=True
+        help="a tokenizer.json, or a directory that holds one (as transformers saves it)",
+        identity=False,  # a moved tokenizer is the same: the fingerprint knows its content
     )
     bos: bool = setting(
         False, help="put the tokenizer's BOS token before each document; EOS always ends one", identity=True

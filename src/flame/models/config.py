@@ -11,7 +11,7 @@ from flame.schema import setting
 class ModelConfig:
     config: str = setting(
         help="a config.json, a directory that holds one, or a hub name; its model_type names the family",
-        identity=True,
+        identity=False,  # a moved file is the same model: checkpoints know its content
     )
     compile: bool | None = setting(
         None,

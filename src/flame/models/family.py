@@ -140,14 +140,14 @@ _FLA_SETTINGS = (
 )
 
 
-def _fla_family(model_type: str) -> Family:
+def _fla_family(model_type: str, compiles: bool) -> Family:
     return Family(
         name=model_type,
         model_types=(model_type,),
         packing="flat",
         hidden=_flat_hidden,
         count=_layer_flops,
-        compiles=False,
+        compiles=compiles,
         refuses=_fla_refuses,
         settings=_FLA_SETTINGS,
     )
@@ -185,9 +185,9 @@ def _llama_refuses(config: Any) -> str | None:
 
 
 FAMILIES: tuple[Family, ...] = (
-    _fla_family("gla"),
-    _fla_family("gated_deltanet"),
-    _fla_family("transformer"),
+    _fla_family("gla", compiles=False),
+    _fla_family("gated_deltanet", compiles=False),
+    _fla_family("transformer", compiles=True),
     Family(
         name="llama",
         model_types=("llama",),

@@ -89,25 +89,19 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Reads a run directory. Raises RecipeError where there is no run, DataError for a broken file."""
+    """Reads a run directory. Raises RecipeError where there is no run, CheckpointError or
+    DataError for a broken file."""
     recipe = run_recipe(run)
-    steps = [StepRecord.of(line) for line in _lines(run / "metrics.jsonl")]
+    steps = [StepRecord.of(line) for line in read_lines(run / "metrics.jsonl")]
     return History(
         run=run,
         recipe=recipe,
         recipe_text=(run / FILE).read_text(encoding="utf-8"),
         environment=_object(run / "environment.json"),
         steps=sorted(steps, key=lambda record: record.step),
-        superseded=[StepRecord.of(line) for line in _lines(run / "logs" / "superseded.jsonl")],
-        events=[Event.of(line) for line in _lines(run / "events.jsonl")],
+        superseded=[StepRecord.of(line) for line in read_lines(run / "logs" / "superseded.jsonl")],
+        events=[Event.of(line) for line in read_lines(run / "events.jsonl")],
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(read_lines(path))
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{path}: a line is not JSON ({error}); remove it, or restore the file") from None
 
 
 def _object(path: Path) -> dict[str, Any]:

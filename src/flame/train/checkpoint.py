@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
 from flame.train.journal import event, replace_file, sync_directory
+from flame.train.shards import Shards
 
 FORMAT = 1  # of the files above; older ones are brought up by named migrations
 MANIFEST = "manifest.json"
@@ -53,36 +56,39 @@ def read_record(run: Path, step: int, name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- tensors
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Parameters, buffers and optimizer state by fully qualified name; the tensors themselves, no copies."""
+def tensors_of(model: nn.Module, shards: Shards, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Parameters, buffers and optimizer state by fully qualified name; the memory itself, no copies."""
     state: Tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"optimizer.{name}.{key}"] = value
+    for piece in shards.pieces:
+        for key, value in optimizer.state.get(piece.local, {}).items():
+            state[f"optimizer.{piece.name}.{key}"] = piece.as_shard(value)
     return state
 
 
 def load_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, group: dist.ProcessGroup
+    model: nn.Module,
+    shards: Shards,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    group: dist.ProcessGroup,
 ) -> None:
     """Fills model and optimizer in place from a checkpoint written under any layout."""
     reader = dcp.FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    for name, parameter in model.named_parameters():
-        prefix = f"optimizer.{name}."
+    for piece in shards.pieces:
+        prefix = f"optimizer.{piece.name}."
         state: dict[str, Any] = {}
         for key, meta in saved.items():
             if not key.startswith(prefix) or "." in key[len(prefix) :]:
                 continue
             assert isinstance(meta, TensorStorageMetadata)
-            state[key[len(prefix) :]] = (
-                torch.zeros_like(parameter, dtype=meta.properties.dtype, requires_grad=False)
-                if meta.size == parameter.shape
-                else torch.zeros(meta.size, dtype=meta.properties.dtype, device=parameter.device)
+            shape = piece.local.shape if meta.size == piece.parameter.shape else meta.size
+            state[key[len(prefix) :]] = torch.zeros(
+                shape, dtype=meta.properties.dtype, device=piece.local.device
             )
         if state:
-            optimizer.state[parameter] = state
-    dcp.load(tensors_of(model, optimizer), storage_reader=reader, process_group=group)
+            optimizer.state[piece.local] = state
+    dcp.load(tensors_of(model, shards, optimizer), storage_reader=reader, process_group=group)
 
 
 def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +100,9 @@ def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
         for key, meta in saved.items()
         if key.startswith("model.") and isinstance(meta, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # that it reads alone is what was asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix("model."): tensor for key, tensor in state.items()}
 
 
@@ -180,8 +188,10 @@ class Checkpointer:
         failure: str | None = None
         try:
             result = act()
+        except CheckpointException as error:  # no Exception, but a BaseException; of any of the ranks
+            failure = "; ".join(described(rank, wrapped[0]) for rank, wrapped in error.failures.items())
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+            failure = described(self._rank, error)
         outcomes: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(outcomes, (failure, result), group=self._group)
         failure = next((f for f, _ in outcomes if f), None)
@@ -218,6 +228,10 @@ class Checkpointer:
 
     def _owns(self, name: str) -> bool:
         return name.startswith(f"__{self._rank}_") or (self._rank == 0 and not name.startswith("__"))
+
+
+def described(rank: int, error: BaseException) -> str:
+    return f"rank {rank}: {type(error).__name__}: {error}"
 
 
 def file_seal(path: Path) -> dict[str, Any]:
@@ -281,7 +295,7 @@ def problems(path: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
     try:
         manifest = cast("dict[str, Any]", orjson.loads((path / MANIFEST).read_bytes()))
         files = cast("dict[str, dict[str, Any]]", manifest["files"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"{MANIFEST} cannot be read ({type(error).__name__}); do all nodes see {path}?"
         return
     if manifest.get("format") != FORMAT:

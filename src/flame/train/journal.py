@@ -36,13 +36,23 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a .jsonl file; a torn one at its end is passed over."""
+    """The whole lines of a .jsonl file; a torn one at its end is passed over.
+
+    Raises CheckpointError naming a line that is no JSON object.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield cast("dict[str, Any]", orjson.loads(line))
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict):
+                raise CheckpointError(f"{path}: line {number} is no JSON object; mend or remove that line")
+            yield cast("dict[str, Any]", record)
 
 
 def event(run: Path, name: str, **fields: Any) -> None:

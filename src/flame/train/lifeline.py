@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # requests to save and stop
 PR_SET_PDEATHSIG = 1
 WARM_PARENT = "FLAME_WARM_PARENT"  # set where the process to come is a warm parent
 

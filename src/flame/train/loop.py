@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +23,10 @@ from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
 from flame.train.schedule import Schedule
+from flame.train.shards import Shards
 from flame.train.step import train_step
+
+COLLECT_STEPS = 50
 
 
 class RowReader(Protocol):
@@ -69,6 +74,7 @@ class Job:
     guest: nn.Module  # the model itself, whose names checkpoints use
     model: nn.Module  # the guest with its loss; called with a Batch
     device: torch.device
+    shards: Shards  # the guest's parameters as this rank holds them
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     rows: RowReader
@@ -91,10 +97,16 @@ def train(job: Job) -> Exit:
     Where data cannot be read, every rank saves at the same step and raises the same DataError.
     """
     clock = SaveClock(job.checkpoint_every)
-    trained: StepRows | None = None  # the rows of the last step made here
     coming = Coming.fetch(job, clock)
     job.meter.start()
 
+    with collector_at_rest() as collect:
+        return run_steps(job, clock, coming, collect)
+
+
+def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int], None]) -> Exit:
+    """The steps themselves. `coming` is the first one's rows."""
+    trained: StepRows | None = None  # the rows of the last step made here
     while job.progress.step < job.total_steps:
         # what all ranks agreed on before this step
         agreed = coming.settle(job)
@@ -110,6 +122,7 @@ def train(job: Job) -> Exit:
         set_learning_rate(job.optimizer, learning_rate)
         result = train_step(
             job.model,
+            job.shards,
             job.optimizer,
             [batch.to(job.device) for batch in trained.micro_batches],
             predicted=agreed.counts.predicted,
@@ -130,8 +143,28 @@ def train(job: Job) -> Exit:
         if agreed.save or crossed(job.checkpoint_every, step, job.tokens_per_step):
             save(job, trained)
             clock.saved()
+        collect(step)
 
     return finish(job, trained)
+
+
+@contextmanager
+def collector_at_rest() -> Generator[Callable[[int], None]]:
+    """Keeps Python's garbage collector out of the steps: what exists is set aside, and young objects are
+    looked at every COLLECT_STEPS steps, on all ranks at the same one, so that none waits for another."""
+
+    def collect(step: int) -> None:
+        if step % COLLECT_STEPS == 0:
+            gc.collect(1)
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +243,7 @@ def save(job: Job, trained: StepRows) -> None:
         train={**asdict(job.progress), **job.extra_record},
         data=job.data_record(trained.step + 1, state),
     )
-    job.checkpointer.save(job.progress.step, tensors_of(job.guest, job.optimizer), records)
+    job.checkpointer.save(job.progress.step, tensors_of(job.guest, job.shards, job.optimizer), records)
 
 
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
@@ -235,7 +268,7 @@ def save_last(job: Job, trained: StepRows | None) -> None:
     if trained is not None and job.checkpointer.last_saved != job.progress.step:
         save(job, trained)
         job.checkpointer.wait()
-        if job.checkpointer.error:
+        if job.checkpointer.last_saved != job.progress.step:
             raise CheckpointError(
                 f"{job.run}: step {job.progress.step} could not be saved: {job.checkpointer.error}"
             )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from flame.train.config import OptimizerConfig
+from flame.train.shards import Shards
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    shards: Shards,
     config: OptimizerConfig,
     no_decay: set[str],
     *,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters` (names are fully qualified); those named in `no_decay` do not decay.
+    """AdamW over this rank's `shards`; parameters named in `no_decay` do not decay.
 
     `fused`: one kernel for all, on GPUs. Its CPU form rounds the last few elements of a shard otherwise
     than the rest, so that the result would depend on the number of ranks. The learning rate is set
@@ -25,8 +24,8 @@ def build_optimizer(
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
-    for name, parameter in parameters:
-        (exempt if name in no_decay else decayed).append(parameter)
+    for piece in shards.pieces:
+        (exempt if piece.name in no_decay else decayed).append(piece.local)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},

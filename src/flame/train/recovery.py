@@ -30,9 +30,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from flame.errors import Exit, FlameError
 from flame.train.journal import event, read_lines
-from flame.train.lifeline import die_with_parent
+from flame.train.lifeline import STOP_SIGNALS, die_with_parent
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MONITOR_SECONDS = 0.1
 FRUITLESS_RESTARTS = 3  # crashes in a row without a new step, after which restarting is pointless
 
@@ -51,9 +50,7 @@ def supervise(work: Work, args: tuple[Any, ...], *, run: Path, ranks: int, max_r
     """
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours, below
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(
-            logging.CRITICAL
-        )  # what they would report, `Supervisor` says shorter
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `Supervisor` says the same shorter
     with tempfile.TemporaryDirectory(prefix="flame-") as scratch:
         rendezvous = get_rendezvous_handler(
             RendezvousParameters(
@@ -71,7 +68,7 @@ def supervise(work: Work, args: tuple[Any, ...], *, run: Path, ranks: int, max_r
             local_world_size=ranks,
             rdzv_handler=rendezvous,
             entrypoint=worker,
-            args=(work, *args),
+            args=(run / "logs", work, *args),
             max_restarts=max_restarts,
             monitor_interval=MONITOR_SECONDS,
             master_addr="localhost",
@@ -100,7 +97,7 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
         self._passed_on = False
         self._failures_at: list[int] = []  # the last step at each crash
         self._wrong_input: str | None = None
-        self._lost = 0  # the rank that died first
+        self._dead: dict[int, int] = {}  # ranks that ended by themselves, and their exit codes
 
     # signals
 
@@ -144,39 +141,48 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._pass_on()
-        codes = {rank: p.exitcode for rank, p in enumerate(self._processes())}
-        dead = {rank: code for rank, code in codes.items() if code not in (None, 0)}
-        if dead:
-            # a rank that a signal ended comes before one that only lost its peer
-            self._lost = min(dead, key=lambda rank: (dead[rank] > 0, rank))
-            self._kill(signal.SIGKILL)
+        self._dead = self._deaths()
+        if self._dead:
+            self._kill(signal.SIGKILL)  # the survivors
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
-            self._on_failure(result)
+            self._on_failure()
         return result
+
+    def _deaths(self) -> dict[int, int]:
+        codes = {rank: process.exitcode for rank, process in enumerate(self._processes())}
+        return {rank: code for rank, code in codes.items() if code not in (None, 0)}
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown(signal.SIGKILL)
 
-    def _on_failure(self, result: RunResult) -> None:
+    def _on_failure(self) -> None:
         """Notes which rank was lost, and whether a restart can help."""
-        wrong = [f for f in result.failures.values() if f.exitcode == Exit.WRONG_INPUT]
+        self._dead = self._dead or self._deaths()
+        wrong = [rank for rank, code in self._dead.items() if code == Exit.WRONG_INPUT]
         if wrong:
-            self._wrong_input = str(wrong[0].message)
+            self._wrong_input = self._said(wrong[0])
             self._remaining_restarts = 0
             return
         if self._stop_signal is not None:
             return
-        lost = self._processes()[self._lost]
-        rank, step = self._lost, last_step(self._run_directory)
-        how = described(lost.exitcode)
-        event(self._run_directory, "rank_lost", step=step, rank=rank, pid=lost.pid, how=how)
+        # a rank that a signal ended comes before one that only lost its peer
+        rank = min(self._dead, key=lambda rank: (self._dead[rank] > 0, rank))
+        how, step = described(self._dead[rank], self._said(rank)), last_step(self._run_directory)
+        pid = self._processes()[rank].pid
+        event(self._run_directory, "rank_lost", step=step, rank=rank, pid=pid, how=how)
         self._failures_at.append(step)
         recent = self._failures_at[-FRUITLESS_RESTARTS:]
         if len(recent) == FRUITLESS_RESTARTS and len(set(recent)) == 1:
             self._remaining_restarts = 0
         again = "starting again" if self._remaining_restarts > 0 else "giving up"
         print(f"flame: rank {rank} was lost ({how}) after step {step}; {again}", file=sys.stderr)
+
+    def _said(self, rank: int) -> str:
+        """The error that a rank wrote down before it left; empty where it could not."""
+        context: Any = self._pcontext
+        path = Path(context.error_files[rank])
+        return str(orjson.loads(path.read_bytes())["message"]["message"]) if path.exists() else ""
 
     # the end
 
@@ -187,8 +193,7 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
         if self._wrong_input is not None:
             print(f"flame: {self._wrong_input}", file=sys.stderr)
             return Exit.WRONG_INPUT
-        killed_while_starting = all(f.exitcode == -signal.SIGTERM for f in result.failures.values())
-        if self._stop_signal is not None and killed_while_starting:
+        if self._stop_signal is not None and -signal.SIGTERM in self._dead.values():
             return Exit.STOPPED  # a worker that has begun to train does not die of SIGTERM
         event(self._run_directory, "failed", step=last_step(self._run_directory))
         logs = self._run_directory / "logs"
@@ -196,11 +201,13 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
         return Exit.FAILED
 
 
-def described(code: int) -> str:
+def described(code: int, said: str) -> str:
     """How a process ended."""
     if code == WARM_PARENT_LOST:
         return "the process it was forked from is gone"
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}: {said}" if said else f"exit code {code}"
 
 
 def last_step(run: Path) -> int:
@@ -226,10 +233,10 @@ class StopFlag:
         return self._set
 
 
-def worker(work: Work, *args: Any) -> int:
+def worker(logs: Path, work: Work, *args: Any) -> int:
     """A supervised process: dies with its supervisor, and turns errors into exit codes.
 
-    `work(stop, *args)` gets the flag that a stop request sets.
+    `work(stop, *args)` gets the flag that a stop request sets. What a crash says goes to `logs`.
     """
     stop = StopFlag()
     die_with_parent()
@@ -237,16 +244,18 @@ def worker(work: Work, *args: Any) -> int:
     try:
         return work(stop, *args)
     except FlameError as error:
-        report = {"message": {"message": str(error), "extraInfo": {"timestamp": "0"}}}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_bytes(orjson.dumps(report))
-        leave(Exit.WRONG_INPUT)
-    except BaseException:
-        traceback.print_exc()
-        leave(Exit.FAILED)
+        leave(Exit.WRONG_INPUT, str(error))
+    except BaseException as error:
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"rank-{os.environ['RANK']}.log").open("a") as log:
+            traceback.print_exc(file=log)
+        leave(Exit.FAILED, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, message: str) -> NoReturn:
     """Ends the process now: a peer may be gone, and destructors of process groups would wait for it."""
+    report = {"message": {"message": message, "extraInfo": {"timestamp": "0"}}}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_bytes(orjson.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import packed
+from models.small_models import packed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flame.models.build import build_on_meta, initialize
