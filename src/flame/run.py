@@ -48,7 +48,7 @@ from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
 from flame.train.schedule import Schedule
-from flame.train.shards import Shards
+from flame.train.shards import Shards, WholeModel
 
 AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
 
@@ -192,7 +192,8 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
         torch.set_float32_matmul_precision("high")
     model = build_model(recipe.model.config, config)
     with_loss = LossModule(model, family.hidden, family.head(model))
-    mesh = data_mesh(resolve_layout(recipe.parallel, world.size), world.device.type)
+    layout = resolve_layout(recipe.parallel, world.size)
+    mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
     on_gpu = world.device.type == "cuda"
     apply_parallelism(
         with_loss,
@@ -203,7 +204,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)
-    shards = Shards(model)
+    shards = Shards(model) if mesh is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
     return Guest(config, family, model, with_loss, shards, optimizer, compute)
 

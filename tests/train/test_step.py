@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed.ranks import Ranks
@@ -17,7 +18,7 @@ from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
 from flame.train.loss import LossModule
 from flame.train.optimizer import build_optimizer, set_learning_rate
-from flame.train.shards import Shards
+from flame.train.shards import Shards, WholeModel
 from flame.train.step import train_step
 
 VOCABULARY, WIDTH, LENGTH = 50, 12, 8
@@ -135,3 +136,23 @@ def test_the_norm_of_a_plain_model_is_torchs() -> None:
     shards = Shards(model)
     shards.take_gradients()
     torch.testing.assert_close(shards.gradient_norm(), wanted)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_one_rank_alone_trains_float32_parameters_and_computes_with_copies(compute: torch.dtype) -> None:
+    batches = [rows(i, 2) for i in range(3)]
+    count = predicted(batches)
+    norm, wanted = plain_step(batches, 0.05)
+    model = guest()
+    module = LossModule(model, hidden, model.head)
+    shards = WholeModel(model, compute)
+    optimizer = build_optimizer(shards, OptimizerConfig(), {"block.bias"}, fused=False)
+    result = train_step(module, shards, optimizer, batches, predicted=count, clip_norm=0.05, seed=(0, 1))
+    exact = compute == torch.float32
+    torch.testing.assert_close(result.grad_norm.item(), norm, rtol=1e-5 if exact else 2e-2, atol=0)
+    for piece, other in zip(shards.pieces, wanted, strict=True):
+        assert piece.local.dtype == torch.float32
+        assert piece.parameter.dtype == compute
+        # Adam's first step moves each value by the learning rate, whatever the gradient's size
+        torch.testing.assert_close(piece.local, other, rtol=1e-4, atol=1e-6 if exact else 2.1e-3)
+        torch.testing.assert_close(piece.parameter, piece.local.to(compute), rtol=0, atol=0)

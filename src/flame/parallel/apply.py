@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 def apply_parallelism(
     root: nn.Module,
     blocks: Iterable[nn.Module],
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     *,
     compute: torch.dtype,
     compile_blocks: bool,
 ) -> None:
-    """Changes `root` in place; parameter names stay as they are."""
+    """Changes `root` in place; parameter names stay as they are. `mesh`: None where there is one rank."""
     blocks = list(blocks)
     if compile_blocks:
         for block in blocks:
             compile_block(block)
-    shard(root, blocks, mesh, compute)
+    if mesh is not None:
+        shard(root, blocks, mesh, compute)
 
 
 def compile_block(block: nn.Module) -> None:

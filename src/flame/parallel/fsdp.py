@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute: torch.dtype) -> FSDPModule:
-    """Shards `root` in place, one group of parameters a block and one for the rest. Where there is one
-    rank alone, one group holds all: nothing is gathered, and groups would only cost the host time.
+    """Shards `root` in place, one group of parameters a block and one for the rest.
 
     Parameters and their gradients stay float32; forward and backward run in `compute`. Reductions run
     in float32 on GPUs. On CPUs they run in float64, whose sums round to the same float32 in any order:
@@ -27,7 +26,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, comput
     """
     reduce = torch.float64 if mesh.device_type == "cpu" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
-    units = [*blocks, root] if mesh.size() > 1 else [root]
+    units = [*blocks, root]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     for unit in units:

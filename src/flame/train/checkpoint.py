@@ -58,7 +58,9 @@ def read_record(run: Path, step: int, name: str) -> dict[str, Any]:
 
 def tensors_of(model: nn.Module, shards: Shards, optimizer: torch.optim.Optimizer) -> Tensors:
     """Parameters, buffers and optimizer state by fully qualified name; the memory itself, no copies."""
-    state: Tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    masters = {id(piece.parameter): piece.master() for piece in shards.pieces}
+    held = model.state_dict(keep_vars=True)  # tied parameters under each of their names
+    state: Tensors = {f"model.{name}": masters.get(id(t), t.detach()) for name, t in held.items()}
     for piece in shards.pieces:
         for key, value in optimizer.state.get(piece.local, {}).items():
             state[f"optimizer.{piece.name}.{key}"] = piece.as_shard(value)

@@ -8,10 +8,12 @@ inside, found once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -27,6 +29,10 @@ class Piece:
         """This rank's part of the gradient, plain; the same memory."""
         found = self.parameter.grad
         return found.to_local() if isinstance(found, DTensor) else found
+
+    def master(self) -> torch.Tensor:
+        """The float32 values that the optimizer works on, as a checkpoint holds them."""
+        return self.as_shard(self.local.detach())
 
     def as_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the local shape as a shard of the whole, as the parameter is; others as they are."""
@@ -44,7 +50,7 @@ class Piece:
 
 
 class Shards:
-    """All parameters of a model whose memory stays where it is (see `parallel.fsdp.settle`)."""
+    """All parameters of a model that FSDP2 shards; its memory stays where it is (`parallel.fsdp.settle`)."""
 
     def __init__(self, model: nn.Module) -> None:
         self.pieces = [
@@ -54,6 +60,16 @@ class Shards:
         self._alike: dict[tuple[dist.ProcessGroup, ...], list[Piece]] = {}
         for piece in self.pieces:
             self._alike.setdefault(_sharding_groups(piece.parameter), []).append(piece)
+
+    def begin(self, root: nn.Module, *, last: bool) -> None:
+        """Before a micro-batch: gradients are reduced over the ranks with the last one alone."""
+        cast("FSDPModule", root).set_requires_gradient_sync(last)
+
+    def collect(self) -> None:
+        """After a micro-batch's backward pass. FSDP2 adds gradients up by itself."""
+
+    def updated(self) -> None:
+        """After the optimizer's step. Here the model computes with the optimizer's own memory."""
 
     @torch.no_grad()
     def take_gradients(self) -> list[torch.Tensor]:
@@ -89,6 +105,56 @@ class Shards:
                 dist.all_reduce(squares, group=group)
             total += squares
         return total.sqrt().float()
+
+
+class WholeModel(Shards):
+    """A model that lies on this rank alone: what FSDP2 does for many ranks, without its hooks.
+
+    The optimizer's parameters are float32. The model computes with copies of them in `compute`, where
+    that is another dtype. Gradients of micro-batches are summed in float32, on CPUs in float64.
+    """
+
+    def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
+        super().__init__(model)
+        device = self.pieces[0].local.device
+        self._precision = torch.float32 if device.type == "cuda" else torch.float64
+        self._sums: dict[int, torch.Tensor] = {}  # by the piece's number
+        self._copied = compute != torch.float32
+        if self._copied:
+            for piece in self.pieces:
+                piece.parameter.data = piece.local.data.to(compute)
+
+    def begin(self, root: nn.Module, *, last: bool) -> None:
+        """Nothing to reduce."""
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds a micro-batch's gradients to the sums."""
+        found = {i: p.parameter.grad for i, p in enumerate(self.pieces) if p.parameter.grad is not None}
+        fresh = [torch.empty_like(gradient, dtype=self._precision) for gradient in found.values()]
+        torch._foreach_copy_(fresh, list(found.values()))  # pyright: ignore[reportPrivateUsage]
+        both = [(self._sums[i], new) for i, new in zip(found, fresh, strict=True) if i in self._sums]
+        if both:
+            sums, new = zip(*both, strict=True)
+            torch._foreach_add_(list(sums), list(new))  # pyright: ignore[reportPrivateUsage]
+        for i, new in zip(found, fresh, strict=True):
+            self._sums.setdefault(i, new)
+            self.pieces[i].parameter.grad = None
+
+    def take_gradients(self) -> list[torch.Tensor]:
+        """Gives each of the optimizer's parameters its gradient, float32; the gradients."""
+        for i, total in self._sums.items():
+            self.pieces[i].local.grad = total.float()
+        self._sums.clear()
+        return [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+
+    @torch.no_grad()
+    def updated(self) -> None:
+        """The model computes with the new values."""
+        if self._copied:
+            copies = [piece.parameter.data for piece in self.pieces]
+            masters = [piece.local.data for piece in self.pieces]
+            torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateUsage]
 
 
 def clip(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:

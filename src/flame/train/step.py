@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from flame.batch import Batch
 from flame.train.shards import Shards, clip
@@ -43,10 +41,11 @@ def train_step(
 
     # forward and backward: gradients add up, the last micro-batch reduces them over the ranks
     for number, batch in enumerate(batches):
-        cast("FSDPModule", model).set_requires_gradient_sync(number == len(batches) - 1)
+        shards.begin(model, last=number == len(batches) - 1)
         seed_generators(*seed, batch.first_row)
         loss: torch.Tensor = model(batch)
         (loss / max(1, predicted)).backward()
+        shards.collect()
         losses.append(loss.detach())
 
     # one norm on every rank, which clips, is logged, and tells whether the update may happen
@@ -55,6 +54,7 @@ def train_step(
     if clip_norm > 0:
         clip(gradients, norm, clip_norm)
     update(optimizer, norm)
+    shards.updated()
     shards.drop_gradients()
     return StepResult(torch.stack(losses).double().sum(), norm)
 
