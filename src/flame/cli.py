@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
 import flame
@@ -43,36 +44,10 @@ def run(arguments: list[str]) -> int:
 
 
 def call(options: argparse.Namespace) -> int:
-    """Loads the command's module and calls it."""
-    name = options.command if options.command != "data" else f"data {options.data_command}"
-    if name in ("train", "resume"):
-        from flame.commands import train
-
-        target = options.recipe if name == "train" else options.run
-        return getattr(train, name)(target, recipe_flags(options), options.nproc)
-    if name == "data preview":
-        from flame.commands.preview import preview
-
-        return preview(options.recipe, recipe_flags(options), options.steps, options.ranks, options.json)
-    if name == "export":
-        from flame.commands.export import export
-
-        return export(options.run, options.step, options.to, options.dtype)
-    if name == "generate":
-        from flame.commands.generate import generate
-
-        return generate(options.model, options.prompt, options.tokens, options.temperature, options.seed)
-    if name == "status":
-        from flame.commands.status import status
-
-        return status(options.run)
-    if name == "report":
-        from flame.commands.report import report
-
-        return report(options.run, options.to)
-    from flame.commands.demo import demo
-
-    return demo(options.directory, options.keep)
+    """Loads the command's module and calls it with its arguments."""
+    options.flags = recipe_flags(options)
+    module, function = options.calls
+    return getattr(import_module(module), function)(*[getattr(options, name) for name in options.takes])
 
 
 def recipe_flags(options: argparse.Namespace) -> dict[str, str]:
@@ -83,13 +58,27 @@ def recipe_flags(options: argparse.Namespace) -> dict[str, str]:
 def make_parser() -> Parser:
     parser = Parser(prog="flame", description="Train language models: raw text in, a model out.")
     parser.add_argument("--version", action="version", version=f"flame {flame.__version__}")
-    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_train, add_data, add_export, add_generate, add_status, add_report, add_demo):
+        add(commands)
+    return parser
 
-    train = add_command(
-        commands, "train", "train a recipe; a run that was interrupted goes on where it stopped"
-    )
+
+def add_command(
+    commands: Any, name: str, summary: str, calls: tuple[str, str], takes: tuple[str, ...]
+) -> argparse.ArgumentParser:
+    """A command that calls a function, (module in flame.commands, its name), with the options it `takes`."""
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(calls=(f"flame.commands.{calls[0]}", calls[1]), takes=takes, parser=parser)
+    return parser
+
+
+def add_train(commands: Any) -> None:
+    summary = "train a recipe; a run that was interrupted goes on where it stopped"
+    train = add_command(commands, "train", summary, ("train", "train"), ("recipe", "flags", "nproc"))
     train.add_argument("recipe", metavar="RECIPE.toml")
-    resume = add_command(commands, "resume", "go on with a run directory's own recipe")
+    summary = "go on with a run directory's own recipe"
+    resume = add_command(commands, "resume", summary, ("train", "resume"), ("run", "flags", "nproc"))
     resume.add_argument("run", metavar="RUN")
     for command in (train, resume):
         command.add_argument(
@@ -97,16 +86,25 @@ def make_parser() -> Parser:
         )
         schema.add_flags(command, Recipe)
 
-    data = add_command(commands, "data", "look at a recipe's data")
-    data_commands: Any = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    preview = add_command(data_commands, "preview", "the rows of some steps, as training reads them")
+
+def add_data(commands: Any) -> None:
+    summary = "look at a recipe's data"
+    data = commands.add_parser("data", help=summary, description=summary, allow_abbrev=False)
+    data_commands: Any = data.add_subparsers(required=True, metavar="COMMAND")
+    summary = "the rows of some steps, as training reads them"
+    takes = ("recipe", "flags", "steps", "ranks", "json")
+    preview = add_command(data_commands, "preview", summary, ("preview", "preview"), takes)
     preview.add_argument("recipe", metavar="RECIPE.toml")
     preview.add_argument("--steps", default="0:1", metavar="A:B", help="from A up to B; steps count from 0")
     preview.add_argument("--ranks", type=int, default=1, metavar="W", help="read through W readers")
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
 
-    export = add_command(commands, "export", "write a run's model as a folder that transformers loads")
+
+def add_export(commands: Any) -> None:
+    summary = "write a run's model as a folder that transformers loads"
+    takes = ("run", "step", "to", "dtype")
+    export = add_command(commands, "export", summary, ("export", "export"), takes)
     export.add_argument("run", metavar="RUN")
     export.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
@@ -117,7 +115,11 @@ def make_parser() -> Parser:
         help="of the weights (default: %(default)s)",
     )
 
-    generate = add_command(commands, "generate", "continue a text with an exported model or a run")
+
+def add_generate(commands: Any) -> None:
+    summary = "continue a text with an exported model or a run"
+    takes = ("model", "prompt", "tokens", "temperature", "seed")
+    generate = add_command(commands, "generate", summary, ("generate", "generate"), takes)
     generate.add_argument("model", metavar="DIR_OR_RUN")
     generate.add_argument("-p", "--prompt", required=True, help="the text to continue")
     generate.add_argument(
@@ -132,21 +134,21 @@ def make_parser() -> Parser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
-    status = add_command(commands, "status", "how far a run is")
+
+def add_status(commands: Any) -> None:
+    status = add_command(commands, "status", "how far a run is", ("status", "status"), ("run",))
     status.add_argument("run", metavar="RUN")
-    report = add_command(commands, "report", "a run's curves and events as one HTML page")
+
+
+def add_report(commands: Any) -> None:
+    summary = "a run's curves and events as one HTML page"
+    report = add_command(commands, "report", summary, ("report", "report"), ("run", "to"))
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="FILE", help="the page (default: RUN/report.html)")
 
-    demo = add_command(
-        commands, "demo", "train, interrupt, resume and export a small model on this machine's text"
-    )
+
+def add_demo(commands: Any) -> None:
+    summary = "train, interrupt, resume and export a small model on this machine's text"
+    demo = add_command(commands, "demo", summary, ("demo", "demo"), ("directory", "keep"))
     demo.add_argument("--directory", default="runs/demo", metavar="DIR", help="(default: %(default)s)")
     demo.add_argument("--keep", action="store_true", help="keep what an earlier demo left in DIR")
-    return parser
-
-
-def add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(parser=parser)  # the innermost one: it knows which options are near a misspelled one
-    return parser
