@@ -24,7 +24,7 @@ from flame.data.tokens import train_tokenizer
 from flame.errors import Exit, FlameError
 from flame.train.journal import read_lines
 
-STEPS = 120
+STEPS = 100
 KILL_AT, STOP_AT = STEPS // 2, STEPS * 3 // 4
 TEXT_CHARACTERS = 6_000_000
 VOCABULARY = 4096
@@ -76,7 +76,7 @@ name = "python"
 files = "{text}"
 
 [batch]
-tokens_per_step = 4096
+tokens_per_step = 3072
 
 [optimizer]
 learning_rate = 4e-3

@@ -17,7 +17,7 @@ from flame.train.agreement import Agreed
 from flame.train.journal import Journal
 from flame.train.step import StepResult
 
-PLAIN_LINE_SECONDS = 1.0  # between lines where there is no terminal
+PLAIN_LINE_SECONDS = 5.0  # between lines where there is no terminal
 
 
 class Advanced(Protocol):
