@@ -52,11 +52,17 @@ def open_catalog(
     _check_settings(data_config.sources)
     tokenizer_path = base / Path(tokenizer_config.path).expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos)
-    sources = tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
+    sources = open_sources(data_config, plan, base)
     for source in sources:
         _check_lanes(source, plan)
     identity = tokenizer.identity()
     return Catalog(sources, tokenizer_path, tokenizer_config.bos, identity, tokenizer.vocab_size)
+
+
+def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
+    """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
+    _check_settings(data_config.sources)
+    return tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from flame.errors import DataError, RecipeError
 
 PART_BYTES = 2**20  # longer text is tokenized in parts: some tokenizers are quadratic in it
+FILE_NAME = "tokenizer.json"
 EOS = "<|eos|>"  # of tokenizers trained here
 USUAL_EOS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 USUAL_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
@@ -30,7 +31,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, bos: bool) -> None:
         """`path`: a tokenizer.json or a directory that holds one. Raises DataError."""
-        self.file = path / "tokenizer.json" if path.is_dir() else path
+        self.file = path / FILE_NAME if path.is_dir() else path
         self._inner = _load(self.file)
         self._inner.encode_special_tokens = True
         self._inner.no_padding()
@@ -140,8 +141,21 @@ def split_text(text: str) -> Iterator[str]:
     yield data[start:].decode()
 
 
+def _some(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    if empty:
+        raise DataError(
+            "no text to train a tokenizer on; `flame data check` names what is wrong with the data"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path) -> None:
-    """Train a byte-level BPE with `<|eos|>` and write it to `directory` as transformers loads it."""
+    """Train a byte-level BPE with `<|eos|>` and write it to `directory` as transformers loads it.
+
+    Raises RecipeError for a vocabulary that cannot be, DataError where there is no text."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise RecipeError(
@@ -156,10 +170,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
-    inner.train_from_iterator(texts, trainer=trainer)
+    inner.train_from_iterator(_some(texts), trainer=trainer)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    inner.save(str(folder / "tokenizer.json"))
+    inner.save(str(folder / FILE_NAME))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,

@@ -1,0 +1,37 @@
+"""Commands that look at a recipe's data as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_commands import output
+
+from flame import cli
+from flame.data.tokens import load_tokenizer
+
+
+def test_a_tokenizer_is_trained_on_the_recipes_data_and_never_replaced(
+    write_recipe, tmp_path: Path, capsys
+) -> None:
+    recipe, target = write_recipe(), tmp_path / "made"
+    ask = ["tokenizer", "train", recipe, "--vocabulary", "500", "--tokenizer.path", target]
+    out = output(capsys, *ask)
+    assert "500 tokens, from 60 documents" in out
+    assert 1.5 < float(out.splitlines()[1].split()[0]) < 6
+    assert load_tokenizer(target, bos=False).vocab_size == 500
+    made = (target / "tokenizer.json").read_bytes()
+    assert cli.run([str(word) for word in ask]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert (target / "tokenizer.json").read_bytes() == made
+    again = [*ask[:-1], tmp_path / "again" / "tokenizer.json"]
+    output(capsys, *again)
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == made, "the same data, the same tokenizer"
+
+
+@pytest.mark.parametrize("option", [["--vocabulary", "200"], ["--characters", "x"], ["--characters", "0"]])
+def test_a_tokenizer_that_cannot_be_is_refused(write_recipe, tmp_path: Path, capsys, option) -> None:
+    target = tmp_path / "made"
+    assert cli.run(["tokenizer", "train", str(write_recipe()), "--tokenizer.path", str(target), *option]) == 1
+    assert capsys.readouterr().err.startswith("flame: ")
+    assert not target.exists()
