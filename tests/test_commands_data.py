@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,26 @@ def test_a_tokenizer_that_cannot_be_is_refused(write_recipe, tmp_path: Path, cap
     assert cli.run(["tokenizer", "train", str(write_recipe()), "--tokenizer.path", str(target), *option]) == 1
     assert capsys.readouterr().err.startswith("flame: ")
     assert not target.exists()
+
+
+def test_check_reports_the_data_as_tables_and_json(write_recipe, text_folder: Path, capsys) -> None:
+    recipe = write_recipe()
+    found = json.loads(output(capsys, "data", "check", recipe, "--json", "--processes", 1))
+    (source,) = found["sources"]
+    assert (source["name"], source["documents"], source["bad"]) == ("python", 60, 0)
+    assert sum(source["lengths"].values()) == 60
+    assert found["epoch_steps"] == source["tokens"] / 768
+    shown = output(capsys, "data", "check", recipe, "--processes", 1)
+    assert f"{source['tokens']:,}" in shown
+    assert f"every source is read once after {found['epoch_steps']:,.1f} steps" in shown
+
+
+def test_check_fails_where_a_source_holds_no_text(write_recipe, tmp_path: Path, capsys) -> None:
+    lines = [{"text": None}] * 20
+    (tmp_path / "none.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replaced = {"[batch]": f'[[data.sources]]\nname = "none"\nfiles = "{tmp_path / "none.jsonl"}"\n[batch]'}
+    recipe = write_recipe(replaced=replaced)
+    assert cli.run(["data", "check", str(recipe), "--processes", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert 'flame: source "none": no valid record' in err
+    assert "none.jsonl, line 1:" in out

@@ -108,6 +108,13 @@ def add_data(commands: Any) -> None:
     preview.add_argument("--ranks", type=int, default=1, metavar="W", help="read through W readers")
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
+    summary = "read every record once: counts, lengths, bad records, duplicates"
+    takes = ("recipe", "flags", "processes", "json")
+    check = add_command(data_commands, "check", summary, ("check", "check"), takes)
+    check.add_argument("recipe", metavar="RECIPE.toml")
+    check.add_argument("--processes", type=int, metavar="N", help="(default: one a core)")
+    check.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(check, Recipe)
 
 
 def add_tokenizer(commands: Any) -> None:

@@ -37,4 +37,4 @@ def test_a_sample_keeps_weights_and_bounds_and_is_the_same_each_time(
 def test_a_sample_of_more_than_there_is_holds_every_document(open_data: Callable[..., Any]) -> None:
     catalog, _ = open_data()
     taken = list(sample_texts(catalog.sources, 10**9))
-    assert len(taken) == len(set(taken)) == 90 + 60
+    assert len(taken) == 90 + 60
