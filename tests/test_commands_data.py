@@ -59,3 +59,21 @@ def test_check_fails_where_a_source_holds_no_text(write_recipe, tmp_path: Path, 
     out, err = capsys.readouterr()
     assert 'flame: source "none": no valid record' in err
     assert "none.jsonl, line 1:" in out
+
+
+def test_bench_measures_loader_and_tokenizer_on_the_same_text(write_recipe, capsys) -> None:
+    recipe = write_recipe()
+    ask = ["data", "bench", recipe, "--seconds", "0.5"]
+    found = json.loads(output(capsys, *ask, "--json", "--ranks", 2))
+    assert found["ranks"] == 2
+    assert found["tokens"] == found["steps"] * 768 / 2
+    assert 0 < found["share_of_tokenizer"] < 1.5
+    assert 0 < found["resumed_step"] <= found["steps"]
+    assert min(found[name] for name in found if name != "cpu_share") > 0
+    assert "% of the tokenizer's speed" in output(capsys, *ask)
+
+
+@pytest.mark.parametrize("option", [["--ranks", "0"], ["--seconds", "0"], ["--ranks", "13"]])
+def test_bench_refuses_what_it_cannot_measure(write_recipe, capsys, option) -> None:
+    assert cli.run(["data", "bench", str(write_recipe()), *option]) == 1
+    assert capsys.readouterr().err.startswith("flame: ")

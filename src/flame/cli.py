@@ -115,6 +115,14 @@ def add_data(commands: Any) -> None:
     check.add_argument("--processes", type=int, metavar="N", help="(default: one a core)")
     check.add_argument("--json", action="store_true", help="one JSON object")
     schema.add_flags(check, Recipe)
+    summary = "how fast this machine makes the rows: whole loader, tokenizer alone, resume, state"
+    takes = ("recipe", "flags", "ranks", "seconds", "json")
+    bench = add_command(data_commands, "bench", summary, ("bench", "bench"), takes)
+    bench.add_argument("recipe", metavar="RECIPE.toml")
+    bench.add_argument("--ranks", type=int, default=1, metavar="W", help="measure rank 0 of W")
+    bench.add_argument("--seconds", type=float, default=20.0, metavar="S", help="(default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(bench, Recipe)
 
 
 def add_tokenizer(commands: Any) -> None:

@@ -19,6 +19,7 @@ from flame.data.lanes import Lane, PackedRow, Window, state_columns
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.data.streams import SourceReader
+from flame.data.tokens import Encoder
 from flame.errors import DataError, RecipeError
 
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
@@ -37,10 +38,11 @@ class Loader:
         micro_batch_rows: int,
         state: DataState | None = None,
         prefetch: bool = True,
+        tokenizer: Encoder | None = None,
     ) -> None:
         """`state`: go on after it (its fingerprint is the caller's to compare). `prefetch`: read one
-        window ahead in a thread. Raises RecipeError where `world` is too large, DataError where the
-        state is of other data."""
+        window ahead in a thread. `tokenizer`: in place of the catalog's own. Raises RecipeError where
+        `world` is too large, DataError where the state is of other data."""
         check_world(plan, world)
         self.columns = state_columns([source.name for source in catalog.sources])
         self._catalog, self._plan, self._rank, self._world = catalog, plan, rank, world
@@ -49,13 +51,14 @@ class Loader:
         self._micro_batches = -(-len(rows_of_rank(plan, 0, world)) // micro_batch_rows)
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
-        tokenizer = catalog.load_tokenizer()
+        tokenizer = catalog.load_tokenizer() if tokenizer is None else tokenizer
         readers = [SourceReader(source, plan) for source in catalog.sources]
         self._lanes = {
             lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
             for lane in sorted({place % plan.lanes for place in self._places})
         }
         self._owned = [lane for lane in self._lanes if lane % world == rank]
+        self.state_seconds = 0.0  # spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(plan.window_steps)
@@ -157,9 +160,6 @@ class Loader:
         filler = Row(-1, np.zeros(plan.sequence_length, dtype=np.int32), ())
         size = self._micro_batch_rows
         rows += [filler] * (self._micro_batches * size - len(rows))
-        state = np.zeros((plan.lanes, len(self.columns)), dtype=np.int64)
-        for lane in self._owned:
-            state[lane] = windows[lane].state(used + plan.lane_rows)
         records = np.zeros((len(self._catalog.sources), 2), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
@@ -174,9 +174,17 @@ class Loader:
             records=records,
             skips=tuple(skips),
             epoch=self._epoch(windows),
-            state=state,
+            state=self._state(windows, used + plan.lane_rows),
             wait_seconds=0.0,
         )
+
+    def _state(self, windows: dict[int, Window], used: int) -> np.ndarray:
+        begun = time.perf_counter()
+        state = np.zeros((self._plan.lanes, len(self.columns)), dtype=np.int64)
+        for lane in self._owned:
+            state[lane] = windows[lane].state(used)
+        self.state_seconds += time.perf_counter() - begun
+        return state
 
     def _epoch(self, windows: dict[int, Window]) -> int:
         weights = [source.weight for source in self._catalog.sources]

@@ -7,7 +7,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,14 @@ EOS = "<|eos|>"  # of tokenizers trained here
 USUAL_EOS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 USUAL_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 PROBE = "Flame reads text: naïve café, 東京 🔥\n\tdef f(x): return x[0] + 1,234.5  <|eos|></s>"
+
+
+class Encoder(Protocol):
+    """What the data plane asks of a tokenizer."""
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
+        """The ids of (text, begins a document, ends a document): int32 [tokens] each."""
+        ...
 
 
 class Tokenizer:
@@ -56,6 +64,11 @@ class Tokenizer:
                 ids.insert(0, self.bos_id)
             found.append(np.frombuffer(array("i", ids), dtype=np.int32))
         return found
+
+    def count_alone(self, parts: Sequence[tuple[str, bool, bool]]) -> int:
+        """The tokens of these parts by the library alone, nothing made of them: to measure against."""
+        encodings = self._inner.encode_batch_fast([text for text, _, _ in parts], add_special_tokens=False)
+        return sum(map(len, encodings))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, special tokens left out."""
