@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flame.data.catalog import open_sources
+from flame.data.config import BYTES
 from flame.data.plan import DataPlan
 from flame.data.sample import sample_texts
 from flame.data.tokens import FILE_NAME, load_tokenizer, train_tokenizer
@@ -44,6 +45,8 @@ def train(path: str, flags: dict[str, str], vocabulary: str, characters: str) ->
 
 def _folder(target: Path) -> Path:
     """Where to write. Raises RecipeError where something is there."""
+    if str(target) == BYTES:
+        raise RecipeError('tokenizer.path: "bytes" needs no training; name a new directory to train another')
     if target.suffix and target.name != FILE_NAME and not target.is_dir():
         raise RecipeError(
             f"tokenizer.path: {target}: name a new directory, or a file called {FILE_NAME} in one"

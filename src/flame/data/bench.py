@@ -18,7 +18,7 @@ from flame.data.catalog import Catalog, fingerprint
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.tokens import Tokenizer
+from flame.data.tokens import Part, Tokenizer
 from flame.errors import DataError
 
 KEPT_STATES = 64  # of the steps measured, one of which is resumed from
@@ -56,9 +56,9 @@ class Recorder:
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
-        self.calls: list[Sequence[tuple[str, bool, bool]]] = []
+        self.calls: list[Sequence[Part]] = []
 
-    def encode_parts(self, parts: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
+    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
         self.calls.append(parts)
         return self._inner.encode_parts(parts)
 

@@ -14,7 +14,7 @@ from flame.data.mixture import next_source
 from flame.data.packing import Piece, pack
 from flame.data.plan import DataPlan
 from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
-from flame.data.tokens import Encoder
+from flame.data.tokens import PartsEncoder
 from flame.errors import DataError
 
 LANE_COLUMNS = ("window", "row", "window_hash")  # then CURSOR for each source
@@ -67,7 +67,7 @@ class Lane:
         self,
         plan: DataPlan,
         readers: Sequence[SourceReader],
-        tokenizer: Encoder,
+        tokenizer: PartsEncoder,
         lane: int,
         state: Sequence[int] | None = None,
     ) -> None:

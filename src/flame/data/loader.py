@@ -19,7 +19,7 @@ from flame.data.lanes import Lane, PackedRow, Window, state_columns
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.data.streams import SourceReader
-from flame.data.tokens import Encoder
+from flame.data.tokens import PartsEncoder
 from flame.errors import DataError, RecipeError
 
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
@@ -38,7 +38,7 @@ class Loader:
         micro_batch_rows: int,
         state: DataState | None = None,
         prefetch: bool = True,
-        tokenizer: Encoder | None = None,
+        tokenizer: PartsEncoder | None = None,
     ) -> None:
         """`state`: go on after it (its fingerprint is the caller's to compare). `prefetch`: read one
         window ahead in a thread. `tokenizer`: in place of the catalog's own. Raises RecipeError where

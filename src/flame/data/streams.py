@@ -14,7 +14,7 @@ from flame.data import blocks
 from flame.data.formats import Bad, Format
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
-from flame.data.tokens import Encoder, split_text
+from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
 CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped")
@@ -100,7 +100,7 @@ class Stream:
     """Documents of one source in one lane. `document` looks, `give` moves; both are exact whatever was
     read and tokenized ahead."""
 
-    def __init__(self, reader: SourceReader, tokenizer: Encoder, lane: int, cursor: Cursor) -> None:
+    def __init__(self, reader: SourceReader, tokenizer: PartsEncoder, lane: int, cursor: Cursor) -> None:
         self.reader, self.lane, self.cursor = reader, lane, cursor
         self.skips: list[Skip] = []  # since somebody last took them
         self._tokenizer = tokenizer
