@@ -19,7 +19,7 @@ from flame.data.catalog import open_catalog
 from flame.data.loader import make_batch
 from flame.data.plan import DataPlan
 from flame.data.preview import preview
-from flame.data.tokens import Tokenizer
+from flame.data.tokens import load_tokenizer
 from flame.models import cpu
 from flame.models.build import build_on_meta, initialize
 from flame.models.registry import family_of, load_config
@@ -119,7 +119,7 @@ def test_a_step_of_ones_choice_is_exported_in_a_type_of_ones_choice(export_of, t
 def test_the_exports_tokenizer_gives_the_ids_of_training(export_of) -> None:
     recipe, folder = export_of()
     texts = ["def f(x):\n\treturn x  # naïve 東京 🔥", "  two  spaces", "a", "import os\r\n"]
-    training = Tokenizer(Path(recipe.tokenizer.path), bos=False)
+    training = load_tokenizer(recipe.tokenizer.path, bos=False)
     exported = AutoTokenizer.from_pretrained(folder)
     for text, ids in zip(texts, training.encode(texts), strict=True):
         assert [*exported(text).input_ids, exported.eos_token_id] == ids.tolist()

@@ -59,7 +59,16 @@ def make_parser() -> Parser:
     parser = Parser(prog="flame", description="Train language models: raw text in, a model out.")
     parser.add_argument("--version", action="version", version=f"flame {flame.__version__}")
     commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_train, add_data, add_export, add_generate, add_status, add_report, add_demo):
+    for add in (
+        add_train,
+        add_data,
+        add_tokenizer,
+        add_export,
+        add_generate,
+        add_status,
+        add_report,
+        add_demo,
+    ):
         add(commands)
     return parser
 
@@ -99,6 +108,38 @@ def add_data(commands: Any) -> None:
     preview.add_argument("--ranks", type=int, default=1, metavar="W", help="read through W readers")
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
+    summary = "read every record once: counts, lengths, bad records, duplicates"
+    takes = ("recipe", "flags", "processes", "json")
+    check = add_command(data_commands, "check", summary, ("check", "check"), takes)
+    check.add_argument("recipe", metavar="RECIPE.toml")
+    check.add_argument("--processes", type=int, metavar="N", help="(default: one a core)")
+    check.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(check, Recipe)
+    summary = "how fast this machine makes the rows: whole loader, tokenizer alone, resume, state"
+    takes = ("recipe", "flags", "ranks", "seconds", "json")
+    bench = add_command(data_commands, "bench", summary, ("bench", "bench"), takes)
+    bench.add_argument("recipe", metavar="RECIPE.toml")
+    bench.add_argument("--ranks", type=int, default=1, metavar="W", help="measure rank 0 of W")
+    bench.add_argument("--seconds", type=float, default=20.0, metavar="S", help="(default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(bench, Recipe)
+
+
+def add_tokenizer(commands: Any) -> None:
+    summary = "make a tokenizer"
+    tokenizer = commands.add_parser("tokenizer", help=summary, description=summary, allow_abbrev=False)
+    tokenizer_commands: Any = tokenizer.add_subparsers(required=True, metavar="COMMAND")
+    summary = "train a byte-level BPE on a recipe's own data and write it to the recipe's tokenizer.path"
+    takes = ("recipe", "flags", "vocabulary", "characters")
+    train = add_command(tokenizer_commands, "train", summary, ("tokenizer", "train"), takes)
+    train.add_argument("recipe", metavar="RECIPE.toml")
+    train.add_argument(
+        "--vocabulary", default="32768", metavar="N", help="tokens, <|eos|> among them (default: %(default)s)"
+    )
+    train.add_argument(
+        "--characters", default="100M", metavar="N", help="most text to learn from (default: %(default)s)"
+    )
+    schema.add_flags(train, Recipe)
 
 
 def add_export(commands: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flame import schema
-from flame.data.config import DataConfig, TokenizerConfig
+from flame.data.config import BYTES, DataConfig, TokenizerConfig
 from flame.errors import RecipeError
 from flame.models.config import ModelConfig
 from flame.parallel.config import ParallelConfig, PrecisionConfig
@@ -104,7 +104,8 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 def make_absolute(recipe: Recipe) -> None:
     """Local paths, seen from the working directory."""
     recipe.run.directory = str(Path(recipe.run.directory).absolute())
-    recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
+    if recipe.tokenizer.path != BYTES:
+        recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
     if Path(recipe.model.config).exists() or recipe.model.config.endswith(".json"):
         recipe.model.config = _absolute(recipe.model.config)
     for source in recipe.data.sources:

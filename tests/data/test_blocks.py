@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.data.blocks import even_ranges, feistel, mix, positions_of_lane, shuffled
+from flame.data.blocks import even_ranges, feistel, mix, philox_block, positions_of_lane, shuffled
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -47,3 +47,11 @@ def test_even_ranges_tile(start: int, length: int, pieces: int) -> None:
 
 def test_shuffled_is_a_permutation_of_any_size() -> None:
     assert [sorted(shuffled(n, 3, 4).tolist()) for n in range(6)] == [list(range(n)) for n in range(6)]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_small_orders_are_those_of_numpys_philox(first: int, second: int) -> None:
+    theirs = np.random.Philox(key=np.array([first, second], dtype=np.uint64)).random_raw(4)
+    assert list(philox_block(first, second)) == theirs.tolist()
+    for count in range(2, 5):
+        assert shuffled(count, first, second).tolist() == np.argsort(theirs[:count]).tolist()

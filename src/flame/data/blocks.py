@@ -118,8 +118,22 @@ def shuffled(count: int, first_key: int, second_key: int) -> np.ndarray:
     """
     if count < 2:
         return np.zeros(count, dtype=np.int64)
+    if count <= 4:  # where each document is a block, groups are this small, and numpy's Philox slow to make
+        few = philox_block(first_key, second_key)
+        return np.array(sorted(range(count), key=few.__getitem__), dtype=np.int64)
     draws = np.random.Philox(key=np.array([first_key, second_key], dtype=np.uint64)).random_raw(count)
     return np.argsort(draws, kind="stable")
+
+
+def philox_block(first_key: int, second_key: int) -> tuple[int, int, int, int]:
+    """The first four draws of numpy's Philox4x64-10 (Salmon et al., 2011): its block at counter 1."""
+    a, b, c, d = 1, 0, 0, 0
+    for _ in range(10):
+        high, low = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+        a, b, c, d = (low >> 64) ^ b ^ first_key, low & MASK, (high >> 64) ^ d ^ second_key, high & MASK
+        first_key = (first_key + 0x9E3779B97F4A7C15) & MASK
+        second_key = (second_key + 0xBB67AE8584CAA73B) & MASK
+    return a, b, c, d
 
 
 def positions_of_lane(blocks: int, lane: int, lanes: int) -> int:

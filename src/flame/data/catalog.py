@@ -12,13 +12,15 @@ from typing import Any, cast
 import numpy as np
 
 from flame.data import blocks
-from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
+from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, largest_divisor
+from flame.data.sample import sample_texts
 from flame.data.sources import Source, open_source
-from flame.data.tokens import Tokenizer, load_tokenizer
+from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
 from flame.errors import DataError, RecipeError
 
 FORMAT_VERSION = 1  # of the order of the rows: another version is another stream
+CHECKED_CHARACTERS = 1_000_000  # of the recipe's own, on which a faster tokenizer must give equal ids
 FIRST_RECORDS = 1000  # of a source, before a share of bad records says anything
 
 
@@ -31,6 +33,7 @@ class Catalog:
     bos: bool
     tokenizer_identity: dict[str, Any]
     vocab_size: int  # the tokenizer's largest id + 1
+    tokenizer_backend: str = "tokenizers"
 
     @property
     def notes(self) -> list[str]:
@@ -39,7 +42,7 @@ class Catalog:
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer, opened. Raises DataError."""
-        return load_tokenizer(self.tokenizer_path, self.bos)
+        return load_tokenizer(self.tokenizer_path, self.bos, self.tokenizer_backend)
 
 
 def open_catalog(
@@ -50,13 +53,24 @@ def open_catalog(
     Raises RecipeError for settings that cannot be and DataError for data that cannot be trained on.
     """
     _check_settings(data_config.sources)
-    tokenizer_path = base / Path(tokenizer_config.path).expanduser()
-    tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos)
-    sources = tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
+    tokenizer_path, backend = Path(tokenizer_config.path), tokenizer_config.backend
+    if tokenizer_config.path != BYTES:
+        tokenizer_path = base / tokenizer_path.expanduser()
+    tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
+    sources = open_sources(data_config, plan, base)
     for source in sources:
         _check_lanes(source, plan)
+    if backend != "tokenizers":
+        check_backend(tokenizer_path, backend, list(sample_texts(sources, CHECKED_CHARACTERS)))
     identity = tokenizer.identity()
-    return Catalog(sources, tokenizer_path, tokenizer_config.bos, identity, tokenizer.vocab_size)
+    bos = tokenizer_config.bos
+    return Catalog(sources, tokenizer_path, bos, identity, tokenizer.vocab_size, backend)
+
+
+def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
+    """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
+    _check_settings(data_config.sources)
+    return tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:

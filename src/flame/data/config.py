@@ -6,15 +6,26 @@ from dataclasses import dataclass
 
 from flame.schema import parse_count, parse_strings, setting
 
+BYTES = "bytes"  # as tokenizer.path: no file; 256 bytes and EOS
+BACKENDS = ("tokenizers", "gigatoken", "fastokens")
+
 
 @dataclass
 class TokenizerConfig:
     path: str = setting(
-        help="a tokenizer.json, or a directory that holds one (as transformers saves it)",
+        help="a tokenizer.json, a directory that holds one (as transformers saves it), a .tiktoken file of "
+        'ranks, or "bytes": 256 bytes and EOS, without any file',
         identity=False,  # a moved tokenizer is the same: the fingerprint knows its content
     )
     bos: bool = setting(
         False, help="put the tokenizer's BOS token before each document; EOS always ends one", identity=True
+    )
+    backend: str = setting(
+        "tokenizers",
+        help="the library that encodes with a tokenizer.json; the faster ones are installed as extras and "
+        "refused unless their ids are those of tokenizers",
+        identity=False,  # the ids are the same
+        choices=BACKENDS,
     )
 
 

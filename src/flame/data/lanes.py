@@ -14,7 +14,7 @@ from flame.data.mixture import next_source
 from flame.data.packing import Piece, pack
 from flame.data.plan import DataPlan
 from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
-from flame.data.tokens import Tokenizer
+from flame.data.tokens import PartsEncoder
 from flame.errors import DataError
 
 LANE_COLUMNS = ("window", "row", "window_hash")  # then CURSOR for each source
@@ -48,15 +48,13 @@ class Window:
     end: tuple[int, ...]  # the lane's row of the data state when all rows are used
 
     def state(self, row: int) -> list[int]:
-        """The lane's row of the data state when `row` rows of this window are used; at 0 it is not begun."""
-        if row == len(self.rows):
-            return list(self.end)
-        values = [self.index, row, self.hash if row else 0]
+        """The lane's row of the data state when `row` rows of this window are used: some, but not all (then
+        it is `end`)."""
+        values = [self.index, row, self.hash]
         for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
             values += cursor.values()
-            if row:  # what a begun window passed has been reported
-                values[-2] += records
-                values[-1] += skipped
+            values[-2] += records  # what a begun window passed has been reported
+            values[-1] += skipped
         return values
 
 
@@ -67,7 +65,7 @@ class Lane:
         self,
         plan: DataPlan,
         readers: Sequence[SourceReader],
-        tokenizer: Tokenizer,
+        tokenizer: PartsEncoder,
         lane: int,
         state: Sequence[int] | None = None,
     ) -> None:
@@ -86,11 +84,12 @@ class Lane:
         start = tuple(Cursor(*stream.cursor.values()) for stream in self._streams)
         rows = self.plan.steps_in_window(self.window_index) * self.plan.lane_rows
         documents, pieces, records, skips = self._fill(rows)
+        names = [self._streams[source].reader.document_id(document) for source, document in documents]
         packed = pack(pieces, self.plan.sequence_length, rows)
         order = blocks.shuffled(
             rows, blocks.mix(self.plan.seed, self.lane, self.window_index), blocks.name_key("rows")
         )
-        made = tuple(self._row_of(packed[i], documents) for i in order)
+        made = tuple(self._row_of(packed[i], documents, names) for i in order.tolist())
         digest = hashlib.blake2b(digest_size=8)
         for row in made:
             digest.update(row.tokens.data)
@@ -159,15 +158,16 @@ class Lane:
             tuple(skips),
         )
 
-    def _row_of(self, pieces: list[Piece], documents: list[tuple[int, Document]]) -> PackedRow:
+    def _row_of(
+        self, pieces: list[Piece], documents: list[tuple[int, Document]], names: list[str]
+    ) -> PackedRow:
         most = self.plan.max_document_length
         segments: list[Segment] = []
         begun = cut = 0
         for number, offset, length in pieces:
             source, document = documents[number]
-            reader = self._streams[source].reader
-            name = reader.document_id(document)
-            segments.append(Segment(reader.source.name, document.epoch, name, offset, length))
+            source_name = self._streams[source].reader.source.name
+            segments.append(Segment(source_name, document.epoch, names[number], offset, length))
             begun += offset == 0
             cut += offset + length < min(len(document.tokens), (offset // most + 1) * most)
         parts = [documents[n][1].tokens[offset : offset + length] for n, offset, length in pieces]

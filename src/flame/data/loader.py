@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -15,12 +16,15 @@ import torch
 
 from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog
-from flame.data.lanes import Lane, PackedRow, Window, state_columns
+from flame.data.lanes import LANE_COLUMNS, Lane, PackedRow, Window, state_columns
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.data.streams import SourceReader
+from flame.data.tokens import PartsEncoder
 from flame.errors import DataError, RecipeError
 
+FILLED_AT_ONCE = 2  # lanes: while one is tokenized, without the interpreter, another is read and packed
+ROW_COLUMN = LANE_COLUMNS.index("row")
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
 
 
@@ -37,10 +41,11 @@ class Loader:
         micro_batch_rows: int,
         state: DataState | None = None,
         prefetch: bool = True,
+        tokenizer: PartsEncoder | None = None,
     ) -> None:
         """`state`: go on after it (its fingerprint is the caller's to compare). `prefetch`: read one
-        window ahead in a thread. Raises RecipeError where `world` is too large, DataError where the
-        state is of other data."""
+        window ahead in a thread. `tokenizer`: in place of the catalog's own. Raises RecipeError where
+        `world` is too large, DataError where the state is of other data."""
         check_world(plan, world)
         self.columns = state_columns([source.name for source in catalog.sources])
         self._catalog, self._plan, self._rank, self._world = catalog, plan, rank, world
@@ -49,13 +54,14 @@ class Loader:
         self._micro_batches = -(-len(rows_of_rank(plan, 0, world)) // micro_batch_rows)
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
-        tokenizer = catalog.load_tokenizer()
+        tokenizer = catalog.load_tokenizer() if tokenizer is None else tokenizer
         readers = [SourceReader(source, plan) for source in catalog.sources]
         self._lanes = {
             lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
             for lane in sorted({place % plan.lanes for place in self._places})
         }
         self._owned = [lane for lane in self._lanes if lane % world == rank]
+        self.state_seconds = 0.0  # spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(plan.window_steps)
@@ -129,25 +135,38 @@ class Loader:
     def _produce(self) -> Iterator[StepRows]:
         """All steps from the first on, window by window, without end."""
         plan, next_step = self._plan, self._first_step
-        while True:
-            index, start = plan.window_at(next_step)
-            windows: dict[int, Window] = {}
-            for number, lane in self._lanes.items():
-                if self._closed.is_set():
+        with ThreadPoolExecutor(min(FILLED_AT_ONCE, len(self._lanes)), "flame-lanes") as threads:
+            while True:
+                index, start = plan.window_at(next_step)
+                for number, lane in self._lanes.items():
+                    if lane.window_index != index:
+                        raise DataError(
+                            f"the data state is torn: step {next_step} lies in window {index}, but lane "
+                            f"{number} is in window {lane.window_index}; resume from another checkpoint"
+                        )
+                made = list(threads.map(self._fill, self._lanes.values()))
+                windows = {n: window for n, window in zip(self._lanes, made, strict=True) if window}
+                if len(windows) < len(made):
                     return
-                if lane.window_index != index:
-                    raise DataError(
-                        f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
-                        f"is in window {lane.window_index}; resume from another checkpoint"
-                    )
-                windows[number] = lane.next_window()
-            end = start + plan.steps_in_window(index)
-            for step in range(next_step, end):
-                yield self._assemble(step, step - start, windows)
-            next_step = end
+                end = start + plan.steps_in_window(index)
+                states = self._states(windows)
+                for step in range(next_step, end):
+                    yield self._assemble(step, step - start, windows, states)
+                next_step = end
 
-    def _assemble(self, step: int, step_in_window: int, windows: dict[int, Window]) -> StepRows:
+    def _fill(self, lane: Lane) -> Window | None:
+        """The lane's next window; None where the loader was closed."""
+        return None if self._closed.is_set() else lane.next_window()
+
+    def _assemble(
+        self,
+        step: int,
+        step_in_window: int,
+        windows: dict[int, Window],
+        states: tuple[np.ndarray, np.ndarray],
+    ) -> StepRows:
         plan, used = self._plan, step_in_window * self._plan.lane_rows
+        rows_of_lane = plan.steps_in_window(plan.window_at(step)[0]) * plan.lane_rows
         first = step * plan.rows_per_step
         packed = [windows[place % plan.lanes].rows[used + place // plan.lanes] for place in self._places]
         rows = [
@@ -157,9 +176,6 @@ class Loader:
         filler = Row(-1, np.zeros(plan.sequence_length, dtype=np.int32), ())
         size = self._micro_batch_rows
         rows += [filler] * (self._micro_batches * size - len(rows))
-        state = np.zeros((plan.lanes, len(self.columns)), dtype=np.int64)
-        for lane in self._owned:
-            state[lane] = windows[lane].state(used + plan.lane_rows)
         records = np.zeros((len(self._catalog.sources), 2), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
@@ -174,9 +190,30 @@ class Loader:
             records=records,
             skips=tuple(skips),
             epoch=self._epoch(windows),
-            state=state,
+            state=self._state(states, used + plan.lane_rows, rows_of_lane),
             wait_seconds=0.0,
         )
+
+    def _states(self, windows: dict[int, Window]) -> tuple[np.ndarray, np.ndarray]:
+        """The data state in the middle of these windows, but for the rows used, and at their end."""
+        begun = time.perf_counter()
+        middle, end = (np.zeros((self._plan.lanes, len(self.columns)), dtype=np.int64) for _ in range(2))
+        for lane in self._owned:
+            middle[lane], end[lane] = windows[lane].state(1), windows[lane].end
+        self.state_seconds += time.perf_counter() - begun
+        return middle, end
+
+    def _state(self, states: tuple[np.ndarray, np.ndarray], used: int, rows: int) -> np.ndarray:
+        """After `used` of a window's `rows` rows of a lane."""
+        begun = time.perf_counter()
+        middle, end = states
+        if used == rows:
+            state = end
+        else:
+            state = middle.copy()
+            state[self._owned, ROW_COLUMN] = used
+        self.state_seconds += time.perf_counter() - begun
+        return state
 
     def _epoch(self, windows: dict[int, Window]) -> int:
         weights = [source.weight for source in self._catalog.sources]
@@ -235,8 +272,9 @@ def _counts(rows: list[Row], packed: list[PackedRow]) -> Counts:
     lengths = np.array([s.length for row in real for s in row.segments], dtype=np.int64)
     digest = 0
     for row in real:
-        content = row.index.to_bytes(8, "little") + row.tokens.tobytes()
-        digest += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
+        content.update(row.tokens.data)
+        digest += int.from_bytes(content.digest(), "little")
     return Counts(
         tokens=int(lengths.sum()),
         predicted=int((lengths - 1).sum()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from operator import itemgetter
 from typing import NamedTuple
 
 
@@ -22,7 +23,7 @@ def pack(pieces: list[Piece], row_length: int, rows: int) -> list[list[Piece]]:
     """
     packed: list[list[Piece]] = [[] for _ in range(rows)]
     rooms = [(row_length, row) for row in range(rows)]  # sorted: (tokens free, row)
-    for document, offset, length in sorted(pieces, key=lambda piece: -piece.length):
+    for document, offset, length in sorted(pieces, key=itemgetter(2), reverse=True):
         while length:
             place = bisect.bisect_left(rooms, (length, -1))
             room, row = rooms.pop(min(place, len(rooms) - 1))

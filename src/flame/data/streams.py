@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,13 +16,15 @@ from flame.data import blocks
 from flame.data.formats import Bad, Format
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
-from flame.data.tokens import Tokenizer, split_text
+from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
 CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped")
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
+
+_cursor_values = attrgetter(*CURSOR)
 
 
 @dataclass(slots=True)
@@ -38,7 +42,7 @@ class Cursor:
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
-        return [getattr(self, name) for name in CURSOR]
+        return list(_cursor_values(self))
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class SourceReader:
         self.source, self.plan = source, plan
         self.format: Format = source.open()
         self.key = blocks.name_key(source.name)
+        self._lock = threading.Lock()  # lanes are filled in several threads, and a format has caches
 
     def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
         """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
@@ -77,16 +82,20 @@ class SourceReader:
     def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
         """The records of some blocks in file order: (file, position, content)."""
         cut, found = self.source.blocks, list[tuple[int, int, bytes | None]]()
-        for block in group:
-            file = int(cut.file[block])
-            read = self.format.read(file, int(cut.start[block]), int(cut.stop[block]))
-            found += [(file, position, content) for position, content in read]
+        where = zip(
+            cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
+        )
+        with self._lock:
+            for file, start, stop in where:
+                read = self.format.read(file, start, stop)
+                found += [(file, position, content) for position, content in read]
         return found
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
         file = self.source.files[document.file]
-        place = self.format.place(document.file, document.position)
+        with self._lock:
+            place = self.format.place(document.file, document.position)
         reason = document.text.reason if isinstance(document.text, Bad) else ""
         return Skip(
             self.source.name, document.epoch, self.document_id(document), str(file.path), place, reason
@@ -100,7 +109,7 @@ class Stream:
     """Documents of one source in one lane. `document` looks, `give` moves; both are exact whatever was
     read and tokenized ahead."""
 
-    def __init__(self, reader: SourceReader, tokenizer: Tokenizer, lane: int, cursor: Cursor) -> None:
+    def __init__(self, reader: SourceReader, tokenizer: PartsEncoder, lane: int, cursor: Cursor) -> None:
         self.reader, self.lane, self.cursor = reader, lane, cursor
         self.skips: list[Skip] = []  # since somebody last took them
         self._tokenizer = tokenizer
@@ -205,7 +214,7 @@ class Stream:
         records = reader.records(chosen)
         key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
         number = 0
-        for i in blocks.shuffled(len(records), key, reader.key):
+        for i in blocks.shuffled(len(records), key, reader.key).tolist():
             file, position, content = records[i]
             text = reader.format.decode(content)
             if isinstance(text, Bad):

@@ -2,77 +2,222 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from flame.data.config import BYTES
+from flame.data.encoders import Bytes, Encoder, Tiktoken, adversarial_texts, check_equal, make_encoder
 from flame.errors import DataError, RecipeError
 
 PART_BYTES = 2**20  # longer text is tokenized in parts: some tokenizers are quadratic in it
+FILE_NAME = "tokenizer.json"
 EOS = "<|eos|>"  # of tokenizers trained here
 USUAL_EOS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>")
 USUAL_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 PROBE = "Flame reads text: naïve café, 東京 🔥\n\tdef f(x): return x[0] + 1,234.5  <|eos|></s>"
 
 
+# How tiktoken's own rank files split text, and their EOS; another file says it in a .json beside it.
+CONTRACTIONS = r"'(?i:[sdmt]|ll|ve|re)"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K_PATTERN = (
+    CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+TIKTOKEN = {
+    "gpt2": (GPT2_PATTERN, 50256),
+    "r50k_base": (GPT2_PATTERN, 50256),
+    "p50k_base": (GPT2_PATTERN, 50256),
+    "cl100k_base": (CL100K_PATTERN, 100257),
+}
+
+Part = tuple[str, bool, bool]  # text, begins a document, ends a document
+
+
+class PartsEncoder(Protocol):
+    """What the data plane asks of a tokenizer."""
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """The ids of (text, begins a document, ends a document): int32 [tokens] each."""
+        ...
+
+
 class Tokenizer:
-    """A `tokenizers` tokenizer that ends (and, where asked, begins) each document by id.
+    """An encoder that ends (and, where asked, begins) each document by id.
 
     Text that spells a special token stays text.
     """
 
-    def __init__(self, path: Path, bos: bool) -> None:
-        """`path`: a tokenizer.json or a directory that holds one. Raises DataError."""
-        self.file = path / "tokenizer.json" if path.is_dir() else path
-        self._inner = _load(self.file)
-        self._inner.encode_special_tokens = True
-        self._inner.no_padding()
-        self._inner.no_truncation()
-        self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_id = _special_id(self._inner, self.file, "eos", USUAL_EOS)
-        self.bos_id = _special_id(self._inner, self.file, "bos", USUAL_BOS) if bos else None
+    def __init__(
+        self,
+        encoder: Encoder,
+        decode: Callable[[list[int]], str],
+        file_hash: str,
+        vocab_size: int,
+        eos_id: int,
+        bos_id: int | None,
+        special: Sequence[str] = (),
+    ) -> None:
+        """`decode`: ids to text, special tokens left out. `special`: how the special tokens are spelled."""
+        self.encoder, self._decode, self._file_hash = encoder, decode, file_hash
+        self.vocab_size, self.eos_id, self.bos_id, self.special = vocab_size, eos_id, bos_id, special
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each whole text's ids with EOS (and BOS): int32 [tokens]."""
         return self.encode_parts([(text, True, True) for text in texts])
 
-    def encode_parts(self, parts: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
-        """The ids of (text, begins a document, ends a document): int32 [tokens] each."""
-        encodings = self._inner.encode_batch_fast([text for text, _, _ in parts], add_special_tokens=False)
-        found: list[np.ndarray] = []
-        for encoding, (_, begins, ends) in zip(encodings, parts, strict=True):
-            ids = encoding.ids
-            if ends:
-                ids.append(self.eos_id)
-            if begins and self.bos_id is not None:
-                ids.insert(0, self.bos_id)
-            found.append(np.frombuffer(array("i", ids), dtype=np.int32))
-        return found
+    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """The ids of (text, begins a document, ends a document): int32 [tokens] each, views of one array."""
+        if not parts:
+            return []
+        ids, ends = self.encoder.encode([text for text, _, _ in parts])
+        flags = np.array([(begins, final) for _, begins, final in parts], dtype=bool)
+        before = flags[:, 0] & (self.bos_id is not None)
+        added = before.astype(np.int64) + flags[:, 1]
+        lengths = np.diff(ends, prepend=0) + added
+        stops = np.cumsum(lengths)
+        text = np.ones(int(stops[-1]), dtype=bool)
+        text[(stops - lengths)[before]] = False
+        text[stops[flags[:, 1]] - 1] = False
+        whole = np.empty(len(text), dtype=np.int32)
+        whole[text] = ids
+        if self.bos_id is not None:
+            whole[(stops - lengths)[before]] = self.bos_id
+        whole[stops[flags[:, 1]] - 1] = self.eos_id
+        bounds = [0, *stops.tolist()]
+        return [whole[start:stop] for start, stop in pairwise(bounds)]
+
+    def count_alone(self, parts: Sequence[Part]) -> int:
+        """The tokens of these parts by the library alone, nothing made of them: to measure against."""
+        return self.encoder.count([text for text, _, _ in parts])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, special tokens left out."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._decode([int(i) for i in ids])
 
     def identity(self) -> dict[str, Any]:
         """What the fingerprint holds of it: the file's hash, the ids added, the ids of a fixed text."""
         return {
-            "file_hash": hashlib.blake2b(self.file.read_bytes(), digest_size=16).hexdigest(),
+            "file_hash": self._file_hash,
             "eos": self.eos_id,
             "bos": self.bos_id,
             "probe": [int(i) for i in self.encode([PROBE])[0]],
         }
 
 
-def load_tokenizer(path: str | Path, bos: bool) -> Tokenizer:
-    """The tokenizer at `path`: a tokenizer.json or a directory that holds one. Raises DataError."""
-    return Tokenizer(Path(path), bos)
+def load_tokenizer(path: str | Path, bos: bool, backend: str = "tokenizers") -> Tokenizer:
+    """The tokenizer at `path`: a tokenizer.json or a directory that holds one, a file of tiktoken ranks, or
+    "bytes". `backend`: the library that encodes, one of `BACKENDS`; `check_backend` compares it.
+
+    Raises DataError for a file that cannot be used and RecipeError for a library that cannot.
+    """
+    path = Path(path)
+    if str(path) != BYTES and path.suffix != ".tiktoken":
+        return _huggingface(path, bos, backend)
+    if backend != "tokenizers":
+        raise RecipeError(f'tokenizer.backend = "{backend}" needs a {FILE_NAME}; found {path}')
+    if str(path) != BYTES:
+        return _tiktoken(path, bos)
+    if bos:
+        raise RecipeError('tokenizer.bos: "bytes" has 256 bytes and EOS, and no BOS; leave it out')
+    return Tokenizer(
+        Bytes(), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"), BYTES, 257, 256, None
+    )
+
+
+def check_backend(path: str | Path, backend: str, texts: Sequence[str]) -> None:
+    """Refuse a library whose ids are not those of `tokenizers`, on these texts of the recipe's own and on a
+    fixed set that tokenizers trip over. Raises RecipeError."""
+    if backend == "tokenizers":
+        return
+    fast, reference = load_tokenizer(path, False, backend), load_tokenizer(path, False)
+    fixed = list(adversarial_texts(reference.special))
+    check_equal(backend, fast.encoder, reference.encoder, fixed, "a fixed text")
+    check_equal(backend, fast.encoder, reference.encoder, texts, "the recipe's own text")
+
+
+def _huggingface(path: Path, bos: bool, backend: str) -> Tokenizer:
+    file = path / FILE_NAME if path.is_dir() else path
+    inner = _load(file)
+    inner.encode_special_tokens = True
+    inner.no_padding()
+    inner.no_truncation()
+    special = [str(token.content) for token in inner.get_added_tokens_decoder().values()]
+    return Tokenizer(
+        make_encoder(backend, inner),
+        lambda ids: inner.decode(ids, skip_special_tokens=True),
+        _hash(file.read_bytes()),
+        max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        _special_id(inner, file, "eos", USUAL_EOS),
+        _special_id(inner, file, "bos", USUAL_BOS) if bos else None,
+        special,
+    )
+
+
+def _tiktoken(file: Path, bos: bool) -> Tokenizer:
+    """Ranks of tiktoken: a line a token, base64 and rank. The pattern and the special tokens are known by the
+    file's name or lie beside it, as {"pattern": "...", "special_tokens": {"<|endoftext|>": 50256}}."""
+    try:
+        tiktoken: Any = import_module("tiktoken")
+    except ImportError:
+        raise RecipeError(
+            f'tokenizer.path: {file}: tiktoken is not installed; pip install "flame[tiktoken]"'
+        ) from None
+    beside = file.with_suffix(".json")
+    try:
+        content = file.read_bytes()
+        lines = (line.split() for line in content.splitlines() if line)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        said: dict[str, Any] = json.loads(beside.read_bytes()) if beside.exists() else {}
+        if not said and file.stem in TIKTOKEN:
+            pattern, eos = TIKTOKEN[file.stem]
+            said = {"pattern": pattern, "special_tokens": {"<|endoftext|>": eos}}
+        if not said:
+            known = ", ".join(TIKTOKEN)
+            raise DataError(
+                f"tokenizer.path: {file}: ranks say nothing of how text is split: put "
+                f'{{"pattern": "...", "special_tokens": {{"<|endoftext|>": {len(ranks)}}}}} in {beside}, or '
+                f"name the file as tiktoken does ({known})"
+            )
+        special: dict[str, int] = {str(k): int(v) for k, v in said["special_tokens"].items()}
+        encoding = tiktoken.Encoding(
+            file.stem, pat_str=said["pattern"], mergeable_ranks=ranks, special_tokens=special
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"tokenizer.path: {file}: cannot be read as tiktoken ranks: {error!r}") from None
+    named = {
+        kind: next((special[t] for t in usual if t in special), None)
+        for kind, usual in (("EOS", USUAL_EOS), ("BOS", USUAL_BOS))
+    }
+    for kind in ("EOS", "BOS") if bos else ("EOS",):
+        if named[kind] is None:
+            raise DataError(
+                f"tokenizer.path: {beside}: special_tokens names no {kind} token; found: {[*special]}"
+            )
+    own = frozenset(special.values())
+    return Tokenizer(
+        Tiktoken(encoding),
+        lambda ids: encoding.decode([i for i in ids if i not in own]),
+        _hash(content + json.dumps(said, sort_keys=True).encode()),
+        encoding.max_token_value + 1,
+        cast("int", named["EOS"]),
+        named["BOS"] if bos else None,
+        [*special],
+    )
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
@@ -140,8 +285,21 @@ def split_text(text: str) -> Iterator[str]:
     yield data[start:].decode()
 
 
+def _some(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    if empty:
+        raise DataError(
+            "no text to train a tokenizer on; `flame data check` names what is wrong with the data"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path) -> None:
-    """Train a byte-level BPE with `<|eos|>` and write it to `directory` as transformers loads it."""
+    """Train a byte-level BPE with `<|eos|>` and write it to `directory` as transformers loads it.
+
+    Raises RecipeError for a vocabulary that cannot be, DataError where there is no text."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise RecipeError(
@@ -156,10 +314,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
-    inner.train_from_iterator(texts, trainer=trainer)
+    inner.train_from_iterator(_some(texts), trainer=trainer)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    inner.save(str(folder / "tokenizer.json"))
+    inner.save(str(folder / FILE_NAME))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,

@@ -139,6 +139,8 @@ def _write_configs(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
+    if str(path) == "bytes":  # the tokenizer without a file
+        return []
     if path.is_file():
         return [path]
     found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]

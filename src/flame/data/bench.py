@@ -1,0 +1,125 @@
+"""`flame data bench` at work: the whole loader, and its tokenizer alone on the same text, in turns."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flame.batch import StepRows
+from flame.data.catalog import Catalog, fingerprint
+from flame.data.loader import Loader
+from flame.data.plan import DataPlan
+from flame.data.state import DataState
+from flame.data.tokens import Part, Tokenizer
+from flame.errors import DataError
+
+KEPT_STATES = 64  # of the steps measured, one of which is resumed from
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Rates are of one rank, on the processor time that it got."""
+
+    ranks: int
+    steps: int
+    tokens: int  # through the loader
+    tokens_per_second: float  # of the loader: raw text to batches
+    tokenizer_tokens_per_second: float  # of the tokenizer alone: the same calls, in the same process
+    cpu_share: float  # processor seconds a second of the loader; above 1 where threads help
+    first_rows_seconds: float  # of a fresh run, tokenizer and files opened
+    resume_seconds: float  # to the first row at a random later step
+    resumed_step: int
+    state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
+    state_microseconds: float  # to take it, a step
+    memory_mib: float  # most that the process held
+
+    @property
+    def share_of_tokenizer(self) -> float:
+        """How much of the tokenizer's own speed comes through the loader."""
+        return self.tokens_per_second / self.tokenizer_tokens_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "share_of_tokenizer": self.share_of_tokenizer}
+
+
+class Recorder:
+    """A tokenizer that remembers what it was asked."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self._inner = inner
+        self.calls: list[Sequence[Part]] = []
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        self.calls.append(parts)
+        return self._inner.encode_parts(parts)
+
+
+def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> BenchResult:
+    """Measure rank 0 of `ranks` for about `seconds`, half of them the tokenizer alone.
+
+    Loader and tokenizer take turns, a window each, so that a change of the machine's speed meets both. No
+    thread runs ahead. Raises what the loader raises, DataError where a resume gives other rows.
+    """
+    begun = time.perf_counter()
+    tokenizer = catalog.load_tokenizer()
+    recorder = Recorder(tokenizer)
+    loader = Loader(catalog, plan, 0, ranks, plan.rows_per_step, prefetch=False, tokenizer=recorder)
+    got = loader.next_step()
+    first_rows = time.perf_counter() - begun
+    recorder.calls.clear()  # the short windows at the start of a run say little of its speed
+    tokens = steps = raw_tokens = 0
+    loader_seconds = raw_seconds = cpu = 0.0
+    kept: list[tuple[StepRows, StepRows]] = []  # a step and the one after it
+    chosen = random.Random(plan.seed)
+    while not steps or loader_seconds + raw_seconds < seconds:
+        for _ in range(plan.steps_in_window(plan.window_at(got.step + 1)[0])):
+            before, wall, processor = got, time.perf_counter(), time.process_time()
+            got = loader.next_step()
+            loader_seconds += time.perf_counter() - wall
+            cpu += time.process_time() - processor
+            tokens, steps = tokens + got.counts.tokens, steps + 1
+            kept.append((before, got))
+            if len(kept) > KEPT_STATES:
+                kept.pop(chosen.randrange(KEPT_STATES))
+        wall = time.perf_counter()
+        raw_tokens += sum(tokenizer.count_alone(parts) for parts in recorder.calls)
+        raw_seconds += time.perf_counter() - wall
+        recorder.calls.clear()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+    before, after = chosen.choice(kept)
+    state = DataState(before.step + 1, before.state, loader.columns, fingerprint(catalog, plan))
+    return BenchResult(
+        ranks=ranks,
+        steps=steps,
+        tokens=tokens,
+        tokens_per_second=tokens / loader_seconds,
+        tokenizer_tokens_per_second=raw_tokens / raw_seconds,
+        cpu_share=cpu / loader_seconds,
+        first_rows_seconds=first_rows,
+        resume_seconds=_resume(catalog, plan, ranks, state, after),
+        resumed_step=state.next_step,
+        state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
+        state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
+        memory_mib=memory,
+    )
+
+
+def _resume(catalog: Catalog, plan: DataPlan, ranks: int, state: DataState, expected: StepRows) -> float:
+    """Seconds from a state to its next step, which must be the one seen before."""
+    begun = time.perf_counter()
+    resumed = Loader(catalog, plan, 0, ranks, plan.rows_per_step, state, prefetch=False).next_step()
+    seconds = time.perf_counter() - begun
+    if resumed.counts.digest != expected.counts.digest:
+        raise DataError(f"data bench: step {expected.step} has other rows after a resume than before it")
+    return seconds
