@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from flame.data import blocks
+from flame.data.cache import Access
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, largest_divisor
 from flame.data.sources import Source, open_source
@@ -52,7 +53,12 @@ def open_catalog(
     _check_settings(data_config.sources)
     tokenizer_path = base / Path(tokenizer_config.path).expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos)
-    sources = tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
+    access = Access(
+        data_config.cache_directory and str(base / Path(data_config.cache_directory).expanduser()),
+        data_config.cache_bytes,
+        data_config.skip_corrupt_blocks,
+    )
+    sources = tuple(open_source(config, base, plan.lanes, access) for config in data_config.sources)
     for source in sources:
         _check_lanes(source, plan)
     identity = tokenizer.identity()

@@ -74,14 +74,20 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.source.blocks), key)
 
-    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
+    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.source.blocks, list[tuple[int, int, bytes | None]]()
+        cut, found = self.source.blocks, list[tuple[int, int, bytes | Bad | None]]()
         for block in group:
             file = int(cut.file[block])
             read = self.format.read(file, int(cut.start[block]), int(cut.stop[block]))
             found += [(file, position, content) for position, content in read]
         return found
+
+    def expect(self, group: np.ndarray) -> None:
+        """Some blocks will be read soon."""
+        cut = self.source.blocks
+        for block in group:
+            self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
@@ -196,6 +202,7 @@ class Stream:
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
                 for at in range(0, count, size):
+                    self.reader.expect(order[at + size : at + 2 * size])
                     yield epoch, (first + at) // size, order[at : at + size]
             epoch, group = epoch + 1, 0
 
@@ -207,7 +214,7 @@ class Stream:
         number = 0
         for i in blocks.shuffled(len(records), key, reader.key):
             file, position, content = records[i]
-            text = reader.format.decode(content)
+            text = content if isinstance(content, Bad) else reader.format.decode(content)
             if isinstance(text, Bad):
                 yield Document(epoch, group, number, position, file, None, True, text)
                 number += 1

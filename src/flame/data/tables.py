@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,10 @@ import pyarrow
 import pyarrow.parquet
 
 from flame.data.blocks import even_ranges
-from flame.data.formats import OPEN_FILES, Bad, decode_utf8
+from flame.data.cache import LOCAL, Access
+from flame.data.files import OPEN_FILES, as_files
+from flame.data.formats import Bad, Record, decode_utf8
+from flame.data.raw import SourceFile
 from flame.errors import DataError
 
 parquet = cast("Any", pyarrow.parquet)  # pyarrow ships no types
@@ -23,15 +27,16 @@ CACHED_BYTES = 256 * 2**20  # of decoded row groups, per source
 class Parquet:
     """A document a row; a range is in rows of the file, within one row group."""
 
-    def __init__(self, paths: list[Path], field: str) -> None:
-        self._paths, self._field = paths, field
+    def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
+        self._files_read, self._field = as_files(paths), field
+        self._paths = [file.path for file in self._files_read]
         self._files: OrderedDict[int, tuple[Any, np.ndarray]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._cached_bytes = 0
 
     @staticmethod
-    def fields(path: Path) -> list[str] | None:
-        schema = _open_parquet(path).schema_arrow
+    def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
+        schema = _open_parquet(path.path if isinstance(path, SourceFile) else path).schema_arrow
         return [field.name for field in schema if _holds_text(field.type)]
 
     def decoded_bytes(self, file: int) -> int:
@@ -51,7 +56,7 @@ class Parquet:
             first += rows
         return np.concatenate(starts), np.concatenate(stops)
 
-    def read(self, file: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+    def read(self, file: int, start: int, stop: int) -> list[Record]:
         firsts = self._file(file)[1]
         if stop > firsts[-1]:
             raise DataError(
@@ -63,6 +68,9 @@ class Parquet:
         first = int(firsts[group])
         contents: list[bytes | None] = column.slice(start - first, stop - start).to_pylist()
         return list(zip(range(start, stop), contents, strict=True))
+
+    def expect(self, file: int, start: int, stop: int) -> None:
+        pass
 
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
@@ -112,7 +120,7 @@ class Parquet:
         return column
 
 
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path | str) -> Any:
     try:
         return parquet.ParquetFile(path, memory_map=False)
     except (arrow.ArrowException, OSError) as error:
