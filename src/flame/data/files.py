@@ -31,6 +31,7 @@ from flame.data.compressed import (
     write_frames,
 )
 from flame.data.raw import LocalFile, RawFile, SourceFile, ends_hash, is_url, read_exactly, shrunk
+from flame.data.remote import RemoteFile
 from flame.errors import DataError
 
 OPEN_FILES = 64  # kept open by one reader
@@ -116,20 +117,24 @@ def look(name: str, path: Path | str) -> SourceFile:
         raw.close()
 
 
-def open_raw(path: Path | str) -> RawFile:
-    """A file's bytes as they are stored. Raises DataError."""
-    if is_url(path):
-        raise DataError(f"{path}: remote files cannot be read yet")
-    return LocalFile(Path(path))
+def open_raw(path: Path | str | SourceFile, access: Access | None = None) -> RawFile:
+    """A file's bytes as they are stored; those of a known remote one by way of the cache of `access`.
+    Raises DataError."""
+    name = path.path if isinstance(path, SourceFile) else path
+    if not is_url(name):
+        return LocalFile(Path(name))
+    if isinstance(path, SourceFile) and access is not None:
+        return RemoteFile(str(name), access, path.key, path.size)
+    return RemoteFile(str(name))
 
 
-def head_lines(path: Path | str | SourceFile) -> Iterator[bytes]:
+def head_lines(path: Path | str | SourceFile, access: Access) -> Iterator[bytes]:
     """A file's lines from its beginning, as many as are asked for; of a broken file those before the break.
     Raises DataError on a failed read."""
     name = path.path if isinstance(path, SourceFile) else path
-    raw, kind = open_raw(name), compression(name)
+    raw, kind = open_raw(path, access), compression(name)
     try:
-        pieces = decode_stream(raw, kind) if kind else (raw.read(at, 2**20) for at in count(0, 2**20))
+        pieces = decode_stream(raw, kind) if kind else (raw.read(at, 2**18) for at in count(0, 2**18))
         rest = None
         try:
             for piece in takewhile(bool, pieces):
@@ -145,7 +150,7 @@ def head_lines(path: Path | str | SourceFile) -> Iterator[bytes]:
 
 def open_view(file: SourceFile, access: Access, memory: FrameMemory) -> View:
     """A file's text. Raises DataError where the file is not what it was, or not what its suffix says."""
-    raw, kind = open_raw(file.path), compression(file.path)
+    raw, kind = open_raw(file, access), compression(file.path)
     try:
         if raw.size < file.size:
             raise shrunk(file.path, raw.size, file.size)

@@ -45,7 +45,7 @@ class JsonLines(Text):
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
         """The fields of the first 100 objects, looked for in the first 1,000 lines."""
         objects: list[dict[str, Any]] = []
-        for line in islice(head_lines(path), 1000):
+        for line in islice(head_lines(path, access), 1000):
             record = _json(line)
             if isinstance(record, dict):
                 objects.append(cast("dict[str, Any]", record))

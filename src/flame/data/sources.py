@@ -15,7 +15,8 @@ from flame.data.config import SourceConfig
 from flame.data.files import look, open_raw
 from flame.data.formats import Format
 from flame.data.lines import JsonLines, PlainText
-from flame.data.raw import HASHED, SourceFile
+from flame.data.raw import HASHED, SourceFile, is_url
+from flame.data.remote import list_url
 from flame.data.tables import Parquet
 from flame.errors import DataError, nearest
 
@@ -83,9 +84,12 @@ def cut(reader: Format, files: int, lanes: int) -> Blocks:
 # --------------------------------------------------------------------------------------- files
 
 
-def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path]]:
+def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path | str]]:
     """(name, path) of every file, in byte order of the names. A directory stands for what it holds
     in the supported formats, at any depth."""
+    remote = [pattern for pattern in config.files if is_url(pattern)]
+    if remote:
+        return _list_remote(config, remote)
     prefixes: list[str] = []
     found: set[str] = set()
     for pattern in config.files:
@@ -100,7 +104,31 @@ def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path]]:
         prefixes.append(prefix)
         found.update(paths)
     root = os.path.commonpath(prefixes)
-    named = [(os.path.relpath(path, root).replace(os.sep, "/"), Path(path)) for path in found]
+    named: list[tuple[str, Path | str]] = [
+        (os.path.relpath(path, root).replace(os.sep, "/"), Path(path)) for path in found
+    ]
+    return sorted(named, key=lambda item: os.fsencode(item[0]))
+
+
+def _list_remote(config: SourceConfig, patterns: list[str]) -> list[tuple[str, Path | str]]:
+    """The same of URLs."""
+    if len(patterns) < len(config.files):
+        raise DataError(f'source "{config.name}": local and remote files: give each a source of its own')
+    prefixes: list[list[str]] = []
+    found: set[str] = set()
+    for pattern in patterns:
+        urls, prefix, directory = list_url(pattern)
+        taken = [url for url in urls if not directory or _holds_text(url)]
+        if not taken:
+            what = (
+                "no such file, and no directory that holds files of text" if directory else "no file matches"
+            )
+            raise DataError(f'source "{config.name}": files = "{pattern}": {what}; {SUPPORTED}')
+        prefixes.append(prefix.split("/"))
+        found.update(taken)
+    first = prefixes[0]
+    common = [part for i, part in enumerate(first) if all(p[: i + 1] == first[: i + 1] for p in prefixes)]
+    named: list[tuple[str, Path | str]] = [(url.split("/", len(common))[-1], url) for url in found]
     return sorted(named, key=lambda item: os.fsencode(item[0]))
 
 
@@ -137,7 +165,7 @@ def _glob(pattern: str) -> list[str]:
 # ----------------------------------------------------------------------------- format and field
 
 
-def _format_of(source: str, paths: list[Path]) -> str:
+def _format_of(source: str, paths: list[Path | str]) -> str:
     formats = {path: _format_by_suffix(path) or _sniff(source, path) for path in paths}
     first = paths[0]
     other = next((path for path in paths if formats[path] != formats[first]), None)
@@ -161,15 +189,16 @@ def _format_by_suffix(path: Path | str) -> str | None:
     return None if known == "parquet" or inner.suffix.lower() in CONTAINERS else known or "text"
 
 
-def _sniff(source: str, path: Path) -> str:
+def _sniff(source: str, path: Path | str) -> str:
     """`text` for a file of another suffix that looks like it: no null bytes, no known container."""
     raw = open_raw(path)
     try:
         head = raw.read(0, HASHED)
     finally:
         raw.close()
-    if path.suffix.lower() in CONTAINERS or compression(path) or b"\0" in head:
-        kind = f"unsupported suffix {path.suffix}" if path.suffix else "not plain text"
+    suffix = Path(str(path).partition("?")[0]).suffix
+    if suffix.lower() in CONTAINERS or compression(path) or b"\0" in head:
+        kind = f"unsupported suffix {suffix}" if suffix else "not plain text"
         raise DataError(f'source "{source}": {path}: {kind}; {SUPPORTED}')
     return "text"
 
