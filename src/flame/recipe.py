@@ -8,6 +8,7 @@ from typing import Any
 
 from flame import schema
 from flame.data.config import BYTES, DataConfig, TokenizerConfig
+from flame.data.raw import is_url
 from flame.errors import RecipeError
 from flame.models.config import ModelConfig
 from flame.parallel.config import ParallelConfig, PrecisionConfig
@@ -109,7 +110,9 @@ def make_absolute(recipe: Recipe) -> None:
     if Path(recipe.model.config).exists() or recipe.model.config.endswith(".json"):
         recipe.model.config = _absolute(recipe.model.config)
     for source in recipe.data.sources:
-        source.files = [_absolute(pattern) for pattern in source.files]
+        source.files = [name if is_url(name) else _absolute(name) for name in source.files]
+    if recipe.data.cache_directory is not None:
+        recipe.data.cache_directory = _absolute(recipe.data.cache_directory)
 
 
 def _absolute(path: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from flame.data import blocks
+from flame.data.cache import Access
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, largest_divisor
 from flame.data.sample import sample_texts
@@ -70,7 +71,12 @@ def open_catalog(
 def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
     """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
     _check_settings(data_config.sources)
-    return tuple(open_source(config, base, plan.lanes) for config in data_config.sources)
+    access = Access(
+        data_config.cache_directory and str(base / Path(data_config.cache_directory).expanduser()),
+        data_config.cache_bytes,
+        data_config.skip_corrupt_blocks,
+    )
+    return tuple(open_source(config, base, plan.lanes, access) for config in data_config.sources)
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from flame.data.blocks import name_key
 from flame.data.catalog import Catalog
-from flame.data.formats import Bad, Format
+from flame.data.formats import Bad, Format, text_of
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
@@ -161,7 +161,7 @@ class Scanner:
                 continue
             report.records += len(read)
             for position, content in read:
-                text = reader.decode(content)
+                text = text_of(reader, content)
                 if isinstance(text, Bad):
                     report.bad += 1
                     if len(report.named) < NAMED:

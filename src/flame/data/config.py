@@ -33,7 +33,7 @@ class TokenizerConfig:
 class SourceConfig:
     name: str = setting(help="what metrics and messages call this source", identity=True)
     files: list[str] = setting(
-        help="a glob, a file, a directory or a list of them: .jsonl, .parquet or .txt",
+        help="a glob, a file, a directory or a list of them: .jsonl, .txt (also .gz, .zst) or .parquet",
         identity=False,  # a moved folder is the same data: the fingerprint knows files by relative name
         parse=parse_strings,
     )
@@ -71,5 +71,22 @@ class DataConfig:
     max_skipped_fraction: float = setting(
         0.001,
         help="stop when more than this share of a source's records (after its first 1,000) is unreadable",
+        identity=False,
+    )
+    cache_directory: str | None = setting(
+        None,
+        help="where each node keeps what it decoded or fetched; left out: flame/blocks in the user's cache "
+        "directory",
+        identity=False,
+    )
+    cache_bytes: int = setting(
+        64 * 2**30,
+        help="bytes that this cache may hold on a node; the least recently used blocks go first",
+        identity=False,
+        parse=parse_count,
+    )
+    skip_corrupt_blocks: bool = setting(
+        False,
+        help="count and name compressed blocks that cannot be decoded, and go on; else they stop the run",
         identity=False,
     )

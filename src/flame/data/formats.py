@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flame.errors import DataError
-
-OPEN_FILES = 64  # kept open by one reader
+from flame.data.cache import Access
+from flame.data.raw import SourceFile
 
 
 class Bad(NamedTuple):
@@ -18,13 +17,16 @@ class Bad(NamedTuple):
     reason: str
 
 
+Record = tuple[int, bytes | Bad | None]  # its position, and its content or why that cannot be had
+
+
 class Format(Protocol):
     """How the files of one source are read. Raises DataError on what cannot be read."""
 
-    def __init__(self, paths: list[Path], field: str) -> None: ...
+    def __init__(self, paths: Sequence[SourceFile], field: str, access: Access) -> None: ...
 
     @staticmethod
-    def fields(path: Path) -> list[str] | None:
+    def fields(path: SourceFile, access: Access) -> list[str] | None:
         """The names that may hold the text; None where the file is text. Opens the file once."""
         ...
 
@@ -40,8 +42,12 @@ class Format(Protocol):
         """Ranges of about `block_bytes` of text that together hold every record once."""
         ...
 
-    def read(self, file: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+    def read(self, file: int, start: int, stop: int) -> list[Record]:
         """The records that begin in a range, undecoded: (position in the file, content)."""
+        ...
+
+    def expect(self, file: int, start: int, stop: int) -> None:
+        """A range will be read soon: where the files are remote, begin to fetch it."""
         ...
 
     def decode(self, content: bytes | None) -> str | Bad:
@@ -53,6 +59,11 @@ class Format(Protocol):
         ...
 
 
+def text_of(reader: Format, content: bytes | Bad | None) -> str | Bad:
+    """The text of what a format read, or why there is none; a corrupt range says so itself."""
+    return content if isinstance(content, Bad) else reader.decode(content)
+
+
 def decode_utf8(content: bytes | None) -> str | Bad:
     """Text of UTF-8 bytes, or why there is none."""
     if content is None:
@@ -61,11 +72,3 @@ def decode_utf8(content: bytes | None) -> str | Bad:
         return content.decode() or Bad("empty text")
     except UnicodeDecodeError as error:
         return Bad(f"invalid UTF-8 at byte {error.start}")
-
-
-def file_size(path: Path) -> int:
-    """In bytes. Raises DataError."""
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None

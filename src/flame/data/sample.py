@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flame.data.formats import Bad
+from flame.data.formats import Bad, text_of
 from flame.data.sources import Source
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -34,7 +34,7 @@ def _texts(source: Source, characters: int) -> Iterator[str]:
         for _, content in reader.read(*where):
             if wanted <= 0:
                 break
-            text = reader.decode(content)
+            text = text_of(reader, content)
             if isinstance(text, Bad):
                 continue
             text = text[:wanted]

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from flame.data import blocks as cutting
 from flame.data.blocks import Blocks
+from flame.data.cache import LOCAL, Access
+from flame.data.compressed import compression
 from flame.data.config import SourceConfig
-from flame.data.formats import Format, file_size
+from flame.data.files import look, open_raw
+from flame.data.formats import Format
 from flame.data.lines import JsonLines, PlainText
+from flame.data.raw import HASHED, SourceFile, is_url
+from flame.data.remote import list_url
 from flame.data.tables import Parquet
 from flame.errors import DataError, nearest
 
 # A new format is a class and its line here.
 FORMATS: dict[str, type[Format]] = {"jsonl": JsonLines, "parquet": Parquet, "text": PlainText}
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
-SUPPORTED = "supported: .jsonl, .parquet, .txt, and other files of plain UTF-8 text (a document each)"
+SUPPORTED = (
+    "supported: .jsonl, .parquet, .txt, and other files of plain UTF-8 text (a document each), .gz and "
+    ".zst of jsonl and text"
+)
 # Named here because they could pass for plain text and are not one document.
-CONTAINERS = (".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar")
+CONTAINERS = (".json", ".csv", ".tsv", ".arrow", ".bz2", ".xz", ".zip", ".tar")
 
-HASHED = 64 * 2**10  # bytes at a file's head and tail
 DEFAULT_FIELDS = ("text", "content")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A file of a source. `name` is relative to the globs' fixed prefix: a moved folder is the same data."""
-
-    name: str
-    path: Path
-    size: int  # in bytes
-    hash: str  # of its first and last 64 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,49 +44,52 @@ class Source:
     files: tuple[SourceFile, ...]
     blocks: Blocks
     notes: tuple[str, ...]  # what was chosen without being asked, for the log
+    access: Access = LOCAL
 
     def open(self) -> Format:
         """A reader of the source's files."""
-        return FORMATS[self.format]([file.path for file in self.files], self.field)
+        return FORMATS[self.format](self.files, self.field, self.access)
 
 
-def open_source(config: SourceConfig, base: Path, lanes: int) -> Source:
+def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = LOCAL) -> Source:
     """List, check and cut a source. Raises DataError naming the source and the file or pattern."""
     found = list_files(config, base)
     format_name = _format_of(config.name, [path for _, path in found])
-    sized = [(name, path, file_size(path)) for name, path in found]
+    looked = [look(name, path) for name, path in found]
     notes: list[str] = []
-    empty = [path for _, path, size in sized if not size]
-    if empty and (format_name != "text" or len(empty) == len(sized)):
+    empty = [file.path for file in looked if not file.size]
+    if empty and (format_name != "text" or len(empty) == len(looked)):
         raise DataError(f'source "{config.name}": {empty[0]}: the file is empty; remove it or put it back')
     if empty:
         notes.append(f'source "{config.name}": {len(empty)} empty files hold no document')
-    files = tuple(SourceFile(name, path, size, ends_hash(path, size)) for name, path, size in sized if size)
-    paths = [file.path for file in files]
-    field = _choose_field(config, FORMATS[format_name], paths[0])
+    files = tuple(file for file in looked if file.size)
+    field = _choose_field(config, FORMATS[format_name], files[0], access)
     if field and config.text is None and field != DEFAULT_FIELDS[0]:
         notes.append(f'source "{config.name}": the text is field "{field}"')
-    source_blocks = cut(FORMATS[format_name](paths, field), paths, lanes)
+    source_blocks = cut(FORMATS[format_name](files, field, access), len(files), lanes)
     if not len(source_blocks):
-        raise DataError(f'source "{config.name}": {paths[0]}: no documents in its {len(paths)} file(s)')
-    return Source(config.name, config.weight, format_name, field, files, source_blocks, tuple(notes))
+        raise DataError(f'source "{config.name}": {files[0].path}: no documents in its {len(files)} file(s)')
+    return Source(config.name, config.weight, format_name, field, files, source_blocks, tuple(notes), access)
 
 
-def cut(reader: Format, paths: list[Path], lanes: int) -> Blocks:
+def cut(reader: Format, files: int, lanes: int) -> Blocks:
     """The blocks of a source: its documents where it is small, else ranges of equal size."""
-    total = sum(reader.decoded_bytes(file) for file in range(len(paths)))
+    total = sum(reader.decoded_bytes(file) for file in range(files))
     if total < cutting.INDEX_BELOW:
-        return cutting.join([reader.documents(file) for file in range(len(paths))], each_document=True)
+        return cutting.join([reader.documents(file) for file in range(files)], each_document=True)
     size = cutting.block_bytes(total, lanes)
-    return cutting.join([reader.ranges(file, size) for file in range(len(paths))], each_document=False)
+    return cutting.join([reader.ranges(file, size) for file in range(files)], each_document=False)
 
 
 # --------------------------------------------------------------------------------------- files
 
 
-def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path]]:
+def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path | str]]:
     """(name, path) of every file, in byte order of the names. A directory stands for what it holds
     in the supported formats, at any depth."""
+    remote = [pattern for pattern in config.files if is_url(pattern)]
+    if remote:
+        return _list_remote(config, remote)
     prefixes: list[str] = []
     found: set[str] = set()
     for pattern in config.files:
@@ -105,7 +104,31 @@ def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path]]:
         prefixes.append(prefix)
         found.update(paths)
     root = os.path.commonpath(prefixes)
-    named = [(os.path.relpath(path, root).replace(os.sep, "/"), Path(path)) for path in found]
+    named: list[tuple[str, Path | str]] = [
+        (os.path.relpath(path, root).replace(os.sep, "/"), Path(path)) for path in found
+    ]
+    return sorted(named, key=lambda item: os.fsencode(item[0]))
+
+
+def _list_remote(config: SourceConfig, patterns: list[str]) -> list[tuple[str, Path | str]]:
+    """The same of URLs."""
+    if len(patterns) < len(config.files):
+        raise DataError(f'source "{config.name}": local and remote files: give each a source of its own')
+    prefixes: list[list[str]] = []
+    found: set[str] = set()
+    for pattern in patterns:
+        urls, prefix, directory = list_url(pattern)
+        taken = [url for url in urls if not directory or _holds_text(url)]
+        if not taken:
+            what = (
+                "no such file, and no directory that holds files of text" if directory else "no file matches"
+            )
+            raise DataError(f'source "{config.name}": files = "{pattern}": {what}; {SUPPORTED}')
+        prefixes.append(prefix.split("/"))
+        found.update(taken)
+    first = prefixes[0]
+    common = [part for i, part in enumerate(first) if all(p[: i + 1] == first[: i + 1] for p in prefixes)]
+    named: list[tuple[str, Path | str]] = [(url.split("/", len(common))[-1], url) for url in found]
     return sorted(named, key=lambda item: os.fsencode(item[0]))
 
 
@@ -114,7 +137,7 @@ def _expand(whole: str) -> tuple[list[str], str]:
     path = Path(whole)
     if path.is_dir():
         held = _glob(f"{glob.escape(whole)}/**/*")
-        return [name for name in held if Path(name).suffix.lower() in SUFFIXES], whole
+        return [name for name in held if _holds_text(name)], whole
     if path.is_file():  # also one whose name looks like a pattern
         return [whole], str(path.parent)
     if not glob.has_magic(whole):
@@ -127,30 +150,23 @@ def _expand(whole: str) -> tuple[list[str], str]:
     return _glob(whole), str(Path(*fixed))
 
 
+def _holds_text(name: str) -> bool:
+    """Whether a directory's file is taken: one of a known suffix, compressed or not."""
+    inner = Path(name).with_suffix("") if compression(name) else Path(name)
+    return inner.suffix.lower() in SUFFIXES and _format_by_suffix(name) is not None
+
+
 def _glob(pattern: str) -> list[str]:
     """The files that match, hidden ones left out as a shell does."""
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes hidden files too)
     return [name for name in found if Path(name).is_file()]
 
 
-def ends_hash(path: Path, size: int) -> str:
-    """A hash of the first and last 64 KiB of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with path.open("rb") as file:
-            digest.update(file.read(HASHED))
-            file.seek(max(0, size - HASHED))
-            digest.update(file.read(HASHED))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------- format and field
 
 
-def _format_of(source: str, paths: list[Path]) -> str:
-    formats = {path: SUFFIXES.get(path.suffix.lower()) or _sniff(source, path) for path in paths}
+def _format_of(source: str, paths: list[Path | str]) -> str:
+    formats = {path: _format_by_suffix(path) or _sniff(source, path) for path in paths}
     first = paths[0]
     other = next((path for path in paths if formats[path] != formats[first]), None)
     if other is not None:
@@ -161,21 +177,34 @@ def _format_of(source: str, paths: list[Path]) -> str:
     return formats[first]
 
 
-def _sniff(source: str, path: Path) -> str:
+def _format_by_suffix(path: Path | str) -> str | None:
+    """The format by the suffix, that of a compression taken off; compressed text is text."""
+    inner = Path(str(path).partition("?")[0])
+    kind = compression(path)
+    if kind is not None:
+        inner = inner.with_suffix("")
+    known = SUFFIXES.get(inner.suffix.lower())
+    if kind is None:
+        return known
+    return None if known == "parquet" or inner.suffix.lower() in CONTAINERS else known or "text"
+
+
+def _sniff(source: str, path: Path | str) -> str:
     """`text` for a file of another suffix that looks like it: no null bytes, no known container."""
+    raw = open_raw(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(HASHED)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    if path.suffix.lower() in CONTAINERS or b"\0" in head:
-        kind = f"unsupported suffix {path.suffix}" if path.suffix else "not plain text"
+        head = raw.read(0, HASHED)
+    finally:
+        raw.close()
+    suffix = Path(str(path).partition("?")[0]).suffix
+    if suffix.lower() in CONTAINERS or compression(path) or b"\0" in head:
+        kind = f"unsupported suffix {suffix}" if suffix else "not plain text"
         raise DataError(f'source "{source}": {path}: {kind}; {SUPPORTED}')
     return "text"
 
 
-def _choose_field(config: SourceConfig, reader: type[Format], path: Path) -> str:
-    fields = reader.fields(path)
+def _choose_field(config: SourceConfig, reader: type[Format], file: SourceFile, access: Access) -> str:
+    fields = reader.fields(file, access)
     if fields is None:
         return ""
     wanted = DEFAULT_FIELDS if config.text is None else (config.text,)
@@ -184,7 +213,8 @@ def _choose_field(config: SourceConfig, reader: type[Format], path: Path) -> str
         names = " or ".join(f'"{name}"' for name in wanted)
         found = f"{nearest(wanted[0], fields)}found: {', '.join(fields) or 'none'}"
         raise DataError(
-            f'source "{config.name}": {path}: no text field {names}; {found}; set text = "..." in this source'
+            f'source "{config.name}": {file.path}: no text field {names}; {found}; '
+            'set text = "..." in this source'
         )
     return chosen
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
-from flame.data.formats import Bad, Format
+from flame.data.formats import Bad, Format, text_of
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
 from flame.data.tokens import PartsEncoder, split_text
@@ -79,9 +79,9 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.source.blocks), key)
 
-    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
+    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.source.blocks, list[tuple[int, int, bytes | None]]()
+        cut, found = self.source.blocks, list[tuple[int, int, bytes | Bad | None]]()
         where = zip(
             cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
         )
@@ -90,6 +90,13 @@ class SourceReader:
                 read = self.format.read(file, start, stop)
                 found += [(file, position, content) for position, content in read]
         return found
+
+    def expect(self, group: np.ndarray) -> None:
+        """Some blocks will be read soon."""
+        cut = self.source.blocks
+        with self._lock:
+            for block in group:
+                self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
@@ -205,6 +212,7 @@ class Stream:
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
                 for at in range(0, count, size):
+                    self.reader.expect(order[at + size : at + 2 * size])
                     yield epoch, (first + at) // size, order[at : at + size]
             epoch, group = epoch + 1, 0
 
@@ -216,7 +224,7 @@ class Stream:
         number = 0
         for i in blocks.shuffled(len(records), key, reader.key).tolist():
             file, position, content = records[i]
-            text = reader.format.decode(content)
+            text = text_of(reader.format, content)
             if isinstance(text, Bad):
                 yield Document(epoch, group, number, position, file, None, True, text)
                 number += 1

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from flame.data.blocks import even_ranges
-from flame.data.formats import OPEN_FILES, Bad, decode_utf8
+from flame.data.cache import LOCAL, Access
+from flame.data.compressed import Undecodable
+from flame.data.files import OPEN_FILES, as_files, open_raw, undecodable
+from flame.data.formats import Bad, Record, decode_utf8
+from flame.data.raw import RawFile, SourceFile, is_url, shrunk
 from flame.errors import DataError
 
 parquet = cast("Any", pyarrow.parquet)  # pyarrow ships no types
+ipc = cast("Any", pyarrow.ipc)
 arrow = cast("Any", pyarrow)
 
+LARGE_GROUP = 16 * 2**20  # bytes of text; larger row groups are decoded once per node, into the block cache
+CACHED_BATCH = 256 * 2**10  # bytes of text in a batch of the cache
 CACHED_BYTES = 256 * 2**20  # of decoded row groups, per source
 
 
 class Parquet:
     """A document a row; a range is in rows of the file, within one row group."""
 
-    def __init__(self, paths: list[Path], field: str) -> None:
-        self._paths, self._field = paths, field
+    def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
+        self._files_read, self._field = as_files(paths), field
+        self._paths = [file.path for file in self._files_read]
+        self._access = access
+        self._large: OrderedDict[tuple[int, int], tuple[BinaryIO, Any]] = OrderedDict()
         self._files: OrderedDict[int, tuple[Any, np.ndarray]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._cached_bytes = 0
 
     @staticmethod
-    def fields(path: Path) -> list[str] | None:
-        schema = _open_parquet(path).schema_arrow
+    def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
+        schema = _open_parquet(as_files([path])[0], access).schema_arrow
         return [field.name for field in schema if _holds_text(field.type)]
 
     def decoded_bytes(self, file: int) -> int:
@@ -51,7 +65,7 @@ class Parquet:
             first += rows
         return np.concatenate(starts), np.concatenate(stops)
 
-    def read(self, file: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+    def read(self, file: int, start: int, stop: int) -> list[Record]:
         firsts = self._file(file)[1]
         if stop > firsts[-1]:
             raise DataError(
@@ -59,10 +73,21 @@ class Parquet:
                 "put the file back as it was"
             )
         group = int(np.searchsorted(firsts, start, side="right")) - 1
-        column = self._column(file, group)
         first = int(firsts[group])
-        contents: list[bytes | None] = column.slice(start - first, stop - start).to_pylist()
+        try:
+            if self._row_groups(file)[group][1] > LARGE_GROUP:
+                contents = self._rows_of_large(file, group, start - first, stop - first)
+            else:
+                contents = self._column(file, group).slice(start - first, stop - start).to_pylist()
+        except Undecodable as error:
+            if not self._access.skip_corrupt:
+                raise undecodable(self._paths[file], f"row group {group}: ", error) from None
+            lost = Bad(f"row group {group} cannot be decoded: {error}")
+            return [(row, lost) for row in range(start, stop)]
         return list(zip(range(start, stop), contents, strict=True))
+
+    def expect(self, file: int, start: int, stop: int) -> None:
+        pass
 
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
@@ -87,7 +112,7 @@ class Parquet:
         if known is None:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1][0].close()
-            opened = _open_parquet(self._paths[file])
+            opened = _open_parquet(self._files_read[file], self._access)
             if self._field not in opened.schema_arrow.names:
                 names = ", ".join(opened.schema_arrow.names)
                 raise DataError(f'{self._paths[file]}: no column "{self._field}"; found: {names}')
@@ -100,23 +125,97 @@ class Parquet:
         """The text column of a row group as bytes, from the cache where it is there."""
         column = self._groups.pop((file, group), None)
         if column is None:
-            try:
-                table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
-                column = table.column(self._field).cast(arrow.large_binary()).combine_chunks()
-            except (arrow.ArrowException, OSError, KeyError) as error:
-                raise DataError(f"{self._paths[file]}: row group {group}: cannot be read: {error}") from None
+            column = self._decode(file, group)
             self._cached_bytes += column.nbytes
             while self._groups and self._cached_bytes > CACHED_BYTES:
                 self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         self._groups[file, group] = column
         return column
 
+    def _decode(self, file: int, group: int) -> Any:
+        """The text column of a row group as bytes. Raises Undecodable, and DataError on a failed read."""
+        path = self._paths[file]
+        try:
+            table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
+            return table.column(self._field).cast(arrow.large_binary()).combine_chunks()
+        except (arrow.ArrowException, OSError, KeyError) as error:
+            raw = open_raw(path)
+            found, expected = raw.size, self._files_read[file].size
+            raw.close()
+            if found < expected:
+                raise shrunk(path, found, expected) from None
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{path}: row group {group}: cannot be read: {error}") from None
+            raise Undecodable(" ".join(str(error).split())) from None
 
-def _open_parquet(path: Path) -> Any:
+    def __del__(self) -> None:
+        for entry, _ in self._large.values():
+            entry.close()
+
+    def _rows_of_large(self, file: int, group: int, start: int, stop: int) -> list[bytes | None]:
+        """Rows of a row group that is kept in the block cache in small batches."""
+        rows, size = self._row_groups(file)[group]
+        batch = max(1, rows * CACHED_BATCH // size)
+
+        def make(out: BinaryIO) -> None:
+            table = arrow.table({"text": self._decode(file, group)})
+            options = ipc.IpcWriteOptions(compression="zstd")
+            with ipc.new_file(arrow.PythonFile(out, mode="w"), table.schema, options=options) as writer:
+                writer.write_table(table, max_chunksize=batch)
+
+        opened = self._large.pop((file, group), None)
+        if opened is None:
+            if len(self._large) >= OPEN_FILES:
+                self._large.popitem(last=False)[1][0].close()
+            key = f"parquet/{group}/{self._field}/{self._files_read[file].key}"
+            entry = os.fdopen(self._access.cache.open(key, make), "rb")
+            opened = entry, ipc.open_file(arrow.PythonFile(entry, mode="r"))
+        self._large[file, group] = opened
+        contents: list[bytes | None] = []
+        for i in range(start // batch, -(-stop // batch)):
+            skipped = max(0, start - i * batch)
+            column = opened[1].get_batch(i).column(0)
+            contents += column.slice(skipped, min(batch, stop - i * batch) - skipped).to_pylist()
+        return contents
+
+
+class RemoteReader(io.RawIOBase):
+    """A raw file as pyarrow reads one."""
+
+    def __init__(self, raw: RawFile) -> None:
+        self._raw, self._at = raw, 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._raw.read(self._at, self._raw.size - self._at if size < 0 else size)
+        self._at += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._raw.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+def _open_parquet(file: SourceFile, access: Access) -> Any:
     try:
-        return parquet.ParquetFile(path, memory_map=False)
+        if not is_url(file.path):
+            return parquet.ParquetFile(file.path, memory_map=False)
+        return parquet.ParquetFile(arrow.PythonFile(RemoteReader(open_raw(file, access)), mode="r"))
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
+        raise DataError(f"{file.path}: cannot be read as parquet: {error}") from None
 
 
 def _holds_text(kind: Any) -> bool:
