@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -23,7 +22,6 @@ from flame.data.streams import SourceReader
 from flame.data.tokens import PartsEncoder
 from flame.errors import DataError, RecipeError
 
-FILLED_AT_ONCE = 2  # lanes: while one is tokenized, without the interpreter, another is read and packed
 ROW_COLUMN = LANE_COLUMNS.index("row")
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
 
@@ -135,28 +133,22 @@ class Loader:
     def _produce(self) -> Iterator[StepRows]:
         """All steps from the first on, window by window, without end."""
         plan, next_step = self._plan, self._first_step
-        with ThreadPoolExecutor(min(FILLED_AT_ONCE, len(self._lanes)), "flame-lanes") as threads:
-            while True:
-                index, start = plan.window_at(next_step)
-                for number, lane in self._lanes.items():
-                    if lane.window_index != index:
-                        raise DataError(
-                            f"the data state is torn: step {next_step} lies in window {index}, but lane "
-                            f"{number} is in window {lane.window_index}; resume from another checkpoint"
-                        )
-                made = list(threads.map(self._fill, self._lanes.values()))
-                windows = {n: window for n, window in zip(self._lanes, made, strict=True) if window}
-                if len(windows) < len(made):
+        while True:
+            index, start = plan.window_at(next_step)
+            windows: dict[int, Window] = {}
+            for number, lane in self._lanes.items():
+                if self._closed.is_set():
                     return
-                end = start + plan.steps_in_window(index)
-                states = self._states(windows)
-                for step in range(next_step, end):
-                    yield self._assemble(step, step - start, windows, states)
-                next_step = end
-
-    def _fill(self, lane: Lane) -> Window | None:
-        """The lane's next window; None where the loader was closed."""
-        return None if self._closed.is_set() else lane.next_window()
+                if lane.window_index != index:
+                    raise DataError(
+                        f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
+                        f"is in window {lane.window_index}; resume from another checkpoint"
+                    )
+                windows[number] = lane.next_window()
+            end, states = start + plan.steps_in_window(index), self._states(windows)
+            for step in range(next_step, end):
+                yield self._assemble(step, step - start, windows, states)
+            next_step = end
 
     def _assemble(
         self,

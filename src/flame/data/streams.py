@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,7 +70,6 @@ class SourceReader:
         self.source, self.plan = source, plan
         self.format: Format = source.open()
         self.key = blocks.name_key(source.name)
-        self._lock = threading.Lock()  # lanes are filled in several threads, and a format has caches
 
     def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
         """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
@@ -85,10 +83,9 @@ class SourceReader:
         where = zip(
             cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
         )
-        with self._lock:
-            for file, start, stop in where:
-                read = self.format.read(file, start, stop)
-                found += [(file, position, content) for position, content in read]
+        for file, start, stop in where:
+            read = self.format.read(file, start, stop)
+            found += [(file, position, content) for position, content in read]
         return found
 
     def expect(self, group: np.ndarray) -> None:
@@ -101,8 +98,7 @@ class SourceReader:
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
         file = self.source.files[document.file]
-        with self._lock:
-            place = self.format.place(document.file, document.position)
+        place = self.format.place(document.file, document.position)
         reason = document.text.reason if isinstance(document.text, Bad) else ""
         return Skip(
             self.source.name, document.epoch, self.document_id(document), str(file.path), place, reason
