@@ -111,6 +111,8 @@ def make_absolute(recipe: Recipe) -> None:
         recipe.model.config = _absolute(recipe.model.config)
     for source in recipe.data.sources:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
+        if source.dataset is not None and Path(source.dataset).is_dir():
+            source.dataset = _absolute(source.dataset)
     if recipe.data.cache_directory is not None:
         recipe.data.cache_directory = _absolute(recipe.data.cache_directory)
 

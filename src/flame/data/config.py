@@ -33,7 +33,9 @@ class TokenizerConfig:
 class SourceConfig:
     name: str = setting(help="what metrics and messages call this source", identity=True)
     files: list[str] = setting(
-        help="a glob, a file, a directory or a list of them: .jsonl, .txt (also .gz, .zst) or .parquet",
+        [],
+        help="a glob, a file, a directory, a URL or a list of them: .jsonl, .txt (also .gz, .zst), .parquet, "
+        ".arrow, or what save_to_disk of the datasets package wrote",
         identity=False,  # a moved folder is the same data: the fingerprint knows files by relative name
         parse=parse_strings,
     )
@@ -42,6 +44,15 @@ class SourceConfig:
     )
     weight: float = setting(
         1.0, help="this source's share of the tokens, relative to the others", identity=True
+    )
+    dataset: str | None = setting(
+        None,
+        help="instead of files: a name on the hub, or a directory, that the datasets package loads",
+        identity=False,
+    )
+    config: str | None = setting(None, help="the configuration of that dataset", identity=False)
+    split: str | None = setting(
+        None, help="the split of a dataset; left out: train, or the only one that was saved", identity=False
     )
 
 

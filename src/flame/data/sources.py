@@ -17,18 +17,24 @@ from flame.data.formats import Format
 from flame.data.lines import JsonLines, PlainText
 from flame.data.raw import HASHED, SourceFile, is_url
 from flame.data.remote import list_url
+from flame.data.saved import ArrowTable, hub_files, saved_files
 from flame.data.tables import Parquet
-from flame.errors import DataError, nearest
+from flame.errors import DataError, RecipeError, nearest
 
 # A new format is a class and its line here.
-FORMATS: dict[str, type[Format]] = {"jsonl": JsonLines, "parquet": Parquet, "text": PlainText}
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
+FORMATS: dict[str, type[Format]] = {
+    "jsonl": JsonLines,
+    "parquet": Parquet,
+    "arrow": ArrowTable,
+    "text": PlainText,
+}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 SUPPORTED = (
-    "supported: .jsonl, .parquet, .txt, and other files of plain UTF-8 text (a document each), .gz and "
-    ".zst of jsonl and text"
+    "supported: .jsonl, .parquet, .txt, .arrow, and other files of plain UTF-8 text (a document each), "
+    ".gz and .zst of jsonl and text"
 )
 # Named here because they could pass for plain text and are not one document.
-CONTAINERS = (".json", ".csv", ".tsv", ".arrow", ".bz2", ".xz", ".zip", ".tar")
+CONTAINERS = (".json", ".csv", ".tsv", ".bz2", ".xz", ".zip", ".tar")
 
 DEFAULT_FIELDS = ("text", "content")
 
@@ -53,7 +59,9 @@ class Source:
 
 def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = LOCAL) -> Source:
     """List, check and cut a source. Raises DataError naming the source and the file or pattern."""
-    found = list_files(config, base)
+    if bool(config.files) == (config.dataset is not None):
+        raise RecipeError(f'data.sources: source "{config.name}": give it files or dataset, one of the two')
+    found = list_files(config, base) if config.files else hub_files(config, base)
     format_name = _format_of(config.name, [path for _, path in found])
     looked = [look(name, path) for name, path in found]
     notes: list[str] = []
@@ -94,7 +102,7 @@ def list_files(config: SourceConfig, base: Path) -> list[tuple[str, Path | str]]
     found: set[str] = set()
     for pattern in config.files:
         whole = os.path.abspath(base / Path(pattern).expanduser())  # noqa: PTH100 (links keep their names)
-        paths, prefix = _expand(whole)
+        paths, prefix = _expand(whole, config.split)
         if not paths:
             what = "holds no file that can be read" if Path(whole).is_dir() else "no such file"
             if glob.has_magic(whole):
@@ -132,10 +140,13 @@ def _list_remote(config: SourceConfig, patterns: list[str]) -> list[tuple[str, P
     return sorted(named, key=lambda item: os.fsencode(item[0]))
 
 
-def _expand(whole: str) -> tuple[list[str], str]:
+def _expand(whole: str, split: str | None) -> tuple[list[str], str]:
     """The files that an absolute pattern names, and its fixed prefix."""
     path = Path(whole)
     if path.is_dir():
+        saved = saved_files(path, split)
+        if saved is not None:
+            return [str(name) for name in saved], whole
         held = _glob(f"{glob.escape(whole)}/**/*")
         return [name for name in held if _holds_text(name)], whole
     if path.is_file():  # also one whose name looks like a pattern
@@ -186,7 +197,7 @@ def _format_by_suffix(path: Path | str) -> str | None:
     known = SUFFIXES.get(inner.suffix.lower())
     if kind is None:
         return known
-    return None if known == "parquet" or inner.suffix.lower() in CONTAINERS else known or "text"
+    return None if known in ("parquet", "arrow") or inner.suffix.lower() in CONTAINERS else known or "text"
 
 
 def _sniff(source: str, path: Path | str) -> str:

@@ -91,9 +91,8 @@ class SourceReader:
     def expect(self, group: np.ndarray) -> None:
         """Some blocks will be read soon."""
         cut = self.source.blocks
-        with self._lock:
-            for block in group:
-                self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
+        for block in group:
+            self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""

@@ -46,7 +46,7 @@ class Parquet:
     @staticmethod
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
         schema = _open_parquet(as_files([path])[0], access).schema_arrow
-        return [field.name for field in schema if _holds_text(field.type)]
+        return [field.name for field in schema if holds_text(field.type)]
 
     def decoded_bytes(self, file: int) -> int:
         return sum(size for _, size in self._row_groups(file))
@@ -218,7 +218,8 @@ def _open_parquet(file: SourceFile, access: Access) -> Any:
         raise DataError(f"{file.path}: cannot be read as parquet: {error}") from None
 
 
-def _holds_text(kind: Any) -> bool:
+def holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type may be text."""
     types = arrow.types
     if types.is_dictionary(kind):
         kind = kind.value_type
