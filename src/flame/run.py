@@ -102,17 +102,18 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
     guest = build_guest(recipe, world, data.catalog)
     step = newest_sound(recipe.directory, world.checkpoint)
     saved = load_saved(recipe, world, guest, data, step) if step is not None else Saved()
-    if saved.progress.step >= recipe.total_steps:
+    total = recipe.total_steps
+    if total is not None and saved.progress.step >= total:
         if world.rank == 0:
-            print(f"{recipe.directory} is finished: step {saved.progress.step} of {recipe.total_steps}")
+            print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
         return Exit.DONE
 
-    rows = micro_batch_rows(recipe, world, saved)
+    rows = micro_batch_rows(recipe, data.plan, world, saved)
     begin(recipe, world, guest, saved)
     journal, screen = None, None
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
-        screen = Screen(recipe.total_steps, saved.progress.step)
+        screen = Screen(total, saved.progress.step)
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
             return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
@@ -136,7 +137,7 @@ class Data:
 
 def open_data(recipe: Recipe, world: World) -> Data:
     """Rank 0 looks at the files; the others are told."""
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
 
     def look() -> tuple[Catalog, dict[str, Any]]:
         catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
@@ -146,20 +147,22 @@ def open_data(recipe: Recipe, world: World) -> Data:
     return Data(plan, catalog, seal)
 
 
-def micro_batch_rows(recipe: Recipe, world: World, saved: Saved) -> int:
-    """Rows of a micro-batch. `auto` is resolved once and kept while the number of ranks is the same.
+def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved) -> list[int]:
+    """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the number
+    of ranks is the same.
 
     On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it.
     """
     if recipe.batch.micro_batch_rows is not None:
-        return recipe.batch.micro_batch_rows
+        return [recipe.batch.micro_batch_rows] * len(plan.stages)
     if saved.ranks == world.size and saved.micro_batch_rows is not None:
         return saved.micro_batch_rows
     if world.device.type == "cpu":
-        return 1
-    length = recipe.data.sequence_length
-    per_rank = -(-recipe.batch.tokens_per_step // length // world.size)
-    return max(1, min(per_rank, AUTO_TOKENS // length))
+        return [1] * len(plan.stages)
+    return [
+        max(1, min(-(-stage.rows_per_step // world.size), AUTO_TOKENS // stage.sequence_length))
+        for stage in plan.stages
+    ]
 
 
 # --------------------------------------------------------------------------------------- model
@@ -235,7 +238,7 @@ class Saved:
 
     progress: Progress = field(default_factory=Progress)
     data: DataState | None = None
-    micro_batch_rows: int | None = None
+    micro_batch_rows: list[int] | None = None  # for each stage of the data
     ranks: int | None = None
 
 
@@ -300,7 +303,7 @@ def make_job(
     data: Data,
     saved: Saved,
     loader: Loader,
-    rows: int,
+    rows: list[int],
     journal: Journal | None,
     screen: Screen | None,
 ) -> Job:
@@ -316,7 +319,6 @@ def make_job(
         run=recipe.directory,
         seed=recipe.run.seed,
         total_steps=recipe.total_steps,
-        tokens_per_step=recipe.batch.tokens_per_step,
         clip_norm=recipe.optimizer.clip_norm,
         checkpoint_every=recipe.checkpoint.every,
         logging_every=recipe.logging.every,
@@ -325,9 +327,7 @@ def make_job(
         device=world.device,
         shards=guest.shards,
         optimizer=guest.optimizer,
-        schedule=Schedule.of(
-            recipe.schedule, recipe.optimizer, recipe.total_steps, recipe.batch.tokens_per_step
-        ),
+        schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
         rows=loader,
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
         checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),

@@ -24,7 +24,8 @@ def status(run: str) -> Exit:
     print(f"{path}: {state(path, metrics, events)}")
     if metrics:
         last = metrics[-1]
-        print(f"  step         {last['step']} of {total} ({100 * last['step'] / total:.1f} %)")
+        of = f" of {total} ({100 * last['step'] / total:.1f} %)" if total else ", until the data end"
+        print(f"  step         {last['step']}{of}")
         print(f"  tokens       {last['tokens']:,}, epoch {last['epoch']}")
         print(
             f"  loss         {last['loss']:.4f}" if last["loss"] is not None else "  loss         not finite"

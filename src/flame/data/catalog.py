@@ -13,12 +13,12 @@ import numpy as np
 
 from flame.data import blocks
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
-from flame.data.plan import DataPlan, largest_divisor
+from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.sources import Source, open_source
 from flame.data.tokens import Tokenizer, load_tokenizer
 from flame.errors import DataError, RecipeError
 
-FORMAT_VERSION = 1  # of the order of the rows: another version is another stream
+FORMAT_VERSION = 2  # of the order of the rows: another version is another stream
 FIRST_RECORDS = 1000  # of a source, before a share of bad records says anything
 
 
@@ -80,7 +80,7 @@ def _check_lanes(source: Source, plan: DataPlan) -> None:
     if count >= plan.lanes:
         return
     what = "documents" if source.blocks.each_document else "blocks"
-    works = largest_divisor(plan.rows_per_step, count)
+    works = largest_divisor(math.gcd(*(stage.rows_per_step for stage in plan.stages)), count)
     raise DataError(
         f'source "{source.name}": {source.files[0].path}: {count} {what} are too few for '
         f"{plan.lanes} lanes; set data.lanes = {works} (the largest that works) or add documents"
@@ -95,11 +95,9 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "seed": plan.seed,
-        "sequence_length": plan.sequence_length,
-        "rows_per_step": plan.rows_per_step,
         "lanes": plan.lanes,
-        "window_steps": plan.window_steps,
-        "max_document_length": plan.max_document_length,
+        "stages": [stage_print(stage, [source.name for source in catalog.sources]) for stage in plan.stages],
+        "at_source_end": "stop" if plan.stops_at_source_end else "redistribute",
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
         "packing": "best fit decreasing",
@@ -107,13 +105,25 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "sources": [
             {
                 "name": source.name,
-                "weight": source.weight,
+                "max_epochs": max_epochs,
                 "format": source.format,
                 "text": source.field,
                 "files": [{"name": file.name, "size": file.size, "hash": file.hash} for file in source.files],
             }
-            for source in catalog.sources
+            for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
         ],
+    }
+
+
+def stage_print(stage: Stage, sources: list[str]) -> dict[str, Any]:
+    """A stage's part of the fingerprint."""
+    return {
+        "first_step": stage.first_step,
+        "sequence_length": stage.sequence_length,
+        "rows_per_step": stage.rows_per_step,
+        "window_steps": stage.window_steps,
+        "max_document_length": stage.max_document_length,
+        "weights": dict(zip(sources, stage.weights, strict=True)),
     }
 
 

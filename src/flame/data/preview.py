@@ -12,7 +12,7 @@ from flame.data.lanes import Lane, state_columns
 from flame.data.loader import Loader, check_world
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.streams import SourceReader
+from flame.data.streams import open_readers
 
 
 def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Iterator[list[Row]]:
@@ -34,7 +34,7 @@ def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Itera
 def state_at_window(catalog: Catalog, plan: DataPlan, window: int) -> DataState:
     """The data state at the beginning of a window of a fresh run."""
     tokenizer = catalog.load_tokenizer()
-    readers = [SourceReader(source, plan) for source in catalog.sources]
+    readers = open_readers(catalog.sources, plan)
     lanes = [Lane(plan, readers, tokenizer, lane) for lane in range(plan.lanes)]
     for lane in lanes:
         for _ in range(window):

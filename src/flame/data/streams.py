@@ -1,9 +1,9 @@
-"""A stream: the endless documents of one source in one lane, in order, from any cursor on."""
+"""A stream: the documents of one source in one lane, epoch after epoch, in order, from any cursor on."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -63,8 +63,8 @@ class Exhausted:
 class SourceReader:
     """What all lanes of a rank share of a source: its open files and its keys."""
 
-    def __init__(self, source: Source, plan: DataPlan) -> None:
-        self.source, self.plan = source, plan
+    def __init__(self, source: Source, plan: DataPlan, max_epochs: int | None = None) -> None:
+        self.source, self.plan, self.max_epochs = source, plan, max_epochs
         self.format: Format = source.open()
         self.key = blocks.name_key(source.name)
 
@@ -96,6 +96,11 @@ class SourceReader:
         return document_id(self.source.files[document.file].name, document.position, document.part)
 
 
+def open_readers(sources: Sequence[Source], plan: DataPlan) -> list[SourceReader]:
+    """A reader for each source."""
+    return [SourceReader(*each) for each in zip(sources, [plan] * len(sources), plan.max_epochs, strict=True)]
+
+
 class Stream:
     """Documents of one source in one lane. `document` looks, `give` moves; both are exact whatever was
     read and tokenized ahead."""
@@ -107,16 +112,26 @@ class Stream:
         self._ahead: deque[Document | Exhausted] = deque()
         self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
 
-    def document(self, expected_tokens: int) -> Document:
+    @property
+    def ended(self) -> bool:
+        """Whether the source has given all that it has for this lane."""
+        return self.reader.max_epochs is not None and self.cursor.epoch >= self.reader.max_epochs
+
+    def document(self, expected_tokens: int) -> Document | None:
         """The document at the cursor, tokenized; records without text are passed over on the way.
 
-        `expected_tokens`: about as many will be asked for soon; it only sizes what is tokenized at once.
-        Raises DataError where nothing of the source is text.
+        None where `max_epochs` are over. `expected_tokens`: about as many will be asked for soon; it only
+        sizes what is tokenized at once. Raises DataError where nothing of the source is text.
         """
         while True:
             if not self._ahead:
                 self._tokenize(expected_tokens)
-            head, at = self._ahead[0], self.cursor
+            at = self.cursor
+            if not self._ahead:
+                assert self.reader.max_epochs is not None
+                at.epoch, at.group, at.document = self.reader.max_epochs, 0, 0
+                return None
+            head = self._ahead[0]
             if isinstance(head, Exhausted):
                 raise DataError(
                     f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
@@ -153,7 +168,8 @@ class Stream:
         return f"; the last: {last.file}, {last.place}: {last.reason}"
 
     def _tokenize(self, expected_tokens: int) -> None:
-        """Append the next documents, at least one: about as many tokens as are expected."""
+        """Append the next documents, at least one unless there is none: about as many tokens as are
+        expected."""
         wanted = min(BATCH_BYTES, expected_tokens * BYTES_PER_TOKEN)
         taken: list[Document] = []
         length = 0
@@ -173,7 +189,7 @@ class Stream:
     # ------------------------------------------------------------------------------ the order
 
     def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
-        """All documents from a place on, without end. `skipped` documents of the first group are passed."""
+        """All documents from a place on. `skipped` documents of the first group are passed."""
         whole = self.reader.source.blocks.all_units
         barren = 0  # units of groups in a row that hold no text
         for epoch, group, chosen in self._groups(first_epoch, first_group):
@@ -187,11 +203,11 @@ class Stream:
                 yield Exhausted()
 
     def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, group, its blocks) from a place on, without end."""
+        """(epoch, group, its blocks) from a place on."""
         plan, source = self.reader.plan, self.reader.source
         size = plan.group_blocks
         positions = blocks.positions_of_lane(len(source.blocks), self.lane, plan.lanes)
-        while True:
+        while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
             for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)

@@ -114,7 +114,8 @@ class Meter:
 class Screen:
     """Progress on a terminal, or plain lines where output goes elsewhere."""
 
-    def __init__(self, total_steps: int, first_step: int) -> None:
+    def __init__(self, total_steps: int | None, first_step: int) -> None:
+        """`total_steps`: None where the data's end is the run's."""
         self._total = total_steps
         self._last_line = 0.0
         self._began, self._first = time.monotonic(), first_step
@@ -130,8 +131,9 @@ class Screen:
         """One logged step."""
         step = record["step"]
         waiting = record["data_seconds"] / max(record["step_seconds"], 1e-9)
+        of = "" if self._total is None else f"/{self._total}"
         text = (
-            f"step {step}/{self._total}  loss {record['loss']:.4f}  "
+            f"step {step}{of}  loss {record['loss']:.4f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  waiting for data {100 * waiting:.1f} %"
         )
         if self._bar is not None:
@@ -141,7 +143,8 @@ class Screen:
         if step == self._total or now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
             rate = (now - self._began) / max(1, step - self._first)
-            print(f"{text}  ETA {_clock(rate * (self._total - step))}", flush=True)
+            left = "" if self._total is None else f"  ETA {_clock(rate * (self._total - step))}"
+            print(f"{text}{left}", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
