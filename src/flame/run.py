@@ -336,6 +336,7 @@ def make_job(
             peak_flops=peak * world.size if peak is not None else None,
             device=world.device,
             updates_skipped=saved.progress.updates_skipped,
+            sources=[source.name for source in data.catalog.sources],
             journal=journal,
             screen=screen,
         ),

@@ -355,3 +355,35 @@ def test_preview_shows_what_the_loader_gives(open_data: OpenData, stream, start:
 
 def test_preview_of_no_steps_is_empty(open_data: OpenData) -> None:
     assert list(preview(*open_data(), range(3, 3), 1)) == []
+
+
+# ---------------------------------------------------------------------------------- counters
+
+
+@pytest.mark.parametrize("piece", [64, 24])
+@pytest.mark.parametrize("world", [1, 5])
+def test_a_cut_document_is_counted_once(open_data: OpenData, piece: int, world: int) -> None:
+    catalog, _ = data = open_data(max_document_length=piece)
+    tokenizer = catalog.load_tokenizer()
+    lengths: dict[tuple[str, str], int] = {}
+    for source in catalog.sources:
+        reader = source.open()
+        for block in range(len(source.blocks)):
+            file = int(source.blocks.file[block])
+            where = int(source.blocks.start[block]), int(source.blocks.stop[block])
+            for position, content in reader.read(file, *where):
+                name = f"{source.files[file].name}:{position}"
+                lengths[source.name, name] = len(tokenizer.encode([str(reader.decode(content))])[0])
+    total = np.zeros((2, 3), dtype=np.int64)
+    cut: list[set[tuple[int, str]]] = [set(), set()]
+    segments = 0
+    for parts in replayed(data, [(world, 13, 2), (world, 9, 1), (1, 17, 0)]):  # up to a window's end
+        total += sum(part.sources for part in parts)
+        assert sum(part.sources for part in parts)[:, 2].sum() == sum(part.counts.cut for part in parts)
+        for source, epoch, document, offset, length in (s for row in rows_of(parts) for s in row.segments):
+            end = min(lengths[source, document], (offset // piece + 1) * piece)
+            if offset + length < end:
+                cut[int(source[1:])].add((epoch, document))
+                segments += 1
+    assert total[:, 2].tolist() == [len(documents) for documents in cut]
+    assert segments > total[:, 2].sum() > 20, "some are cut more than once"

@@ -20,7 +20,7 @@ at = "17000 tokens"
 sequence_length = 128
 weights = { python = 2 }
 """
-EXACT = ("step", "tokens", "epoch", "documents", "rows_digest", "learning_rate")
+EXACT = ("step", "tokens", "epoch", "documents", "rows_digest", "learning_rate", "sources")
 REPLACED = {
     "steps = 30": "tokens = 40_000",
     "[data]": "[data]\nwindow_steps = 2",

@@ -18,6 +18,7 @@ from flame.data.tokens import Tokenizer
 from flame.errors import DataError
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
+RECORDS, SKIPPED = (CURSOR.index(name) - len(CURSOR) for name in ("records", "skipped"))
 
 
 def state_columns(sources: Sequence[str]) -> list[str]:
@@ -31,8 +32,7 @@ class PackedRow:
 
     tokens: np.ndarray  # int32 [L]
     segments: tuple[Segment, ...]
-    documents: int  # segments that begin a document
-    cut: int  # segments that end before their document, or its piece, does
+    sources: np.ndarray  # int64 [sources, 3]: as in flame.batch.StepRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class Window:
         for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
             values += cursor.values()
             if row:  # what a begun window passed has been reported
-                values[-2] += records
-                values[-1] += skipped
+                values[RECORDS] += records
+                values[SKIPPED] += skipped
         return values
 
 
@@ -90,8 +90,9 @@ class Lane:
         index, ended = self.window_index, self._ended
         stage = self.plan.stage_of(index)
         size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
+        was_cut = [bool(cursor.cut) for cursor in start]
         documents, pieces, records, skips = self._fill(stage, size)
-        made = self._rows(stage, size, documents, pieces)
+        made = self._rows(stage, size, documents, pieces, was_cut)
         digest = hashlib.blake2b(digest_size=8)
         for row in made:
             digest.update(row.tokens.data)
@@ -105,13 +106,6 @@ class Lane:
             self._row = 0
         self.window_index += 1
         return Window(index, size, made, ended, start, records, skips, window_hash, tuple(self.state()))
-
-    def skip_window(self) -> None:
-        """Pass over the next window without building it."""
-        self._begin_phase()
-        index = self.window_index
-        self._fill(self.plan.stage_of(index), self.plan.steps_in_window(index) * self.plan.lane_rows(index))
-        self.window_index += 1
 
     def state(self) -> list[int]:
         """This lane's row of the data state before its next window."""
@@ -174,9 +168,15 @@ class Lane:
         )
 
     def _rows(
-        self, stage: Stage, size: int, documents: list[tuple[int, Document]], pieces: list[Piece]
+        self,
+        stage: Stage,
+        size: int,
+        documents: list[tuple[int, Document]],
+        pieces: list[Piece],
+        was_cut: list[bool],
     ) -> tuple[PackedRow, ...]:
-        """The pieces as rows in their final order; a row with padding is the last."""
+        """The pieces as rows in their final order; a row with padding is the last. `was_cut`: of each
+        source's first document."""
         length, tokens = stage.sequence_length, sum(piece.length for piece in pieces)
         rows = min(size, -(-tokens // length))
         padding = rows * length - tokens
@@ -185,22 +185,51 @@ class Lane:
         order = blocks.shuffled(rows - bool(padding), key, blocks.name_key("rows")).tolist()
         if padding:
             order.append(rows - 1)
-        return tuple(self._row_of(stage, packed[i], documents) for i in order)
+        cuts = self._count_cuts(stage, documents, packed, was_cut)
+        return tuple(self._row_of(stage, packed[i], documents, cuts) for i in order)
 
-    def _row_of(self, stage: Stage, pieces: list[Piece], documents: list[tuple[int, Document]]) -> PackedRow:
+    def _count_cuts(
+        self,
+        stage: Stage,
+        documents: list[tuple[int, Document]],
+        packed: list[list[Piece]],
+        was_cut: list[bool],
+    ) -> dict[int, int]:
+        """The documents that are cut here for the first time, and at which offset the segment begins that
+        ends too early. Notes at each cursor whether its document has been cut."""
         most = stage.max_document_length
+        cuts: dict[int, int] = {}
+        for number, offset, length in (piece for row in packed for piece in row):
+            if offset + length < min(len(documents[number][1].tokens), (offset // most + 1) * most):
+                cuts[number] = min(offset, cuts.get(number, offset))
+        numbers = {source: number for number, (source, _) in enumerate(documents)}  # each source's last
+        for source, number in numbers.items():
+            cursor = self._streams[source].cursor
+            cursor.cut |= int(cursor.offset > 0 and number in cuts)
+        first = {source: number for number, (source, _) in reversed(list(enumerate(documents)))}
+        for source, number in first.items():
+            if was_cut[source]:
+                cuts.pop(number, None)
+        return cuts
+
+    def _row_of(
+        self,
+        stage: Stage,
+        pieces: list[Piece],
+        documents: list[tuple[int, Document]],
+        cuts: dict[int, int],
+    ) -> PackedRow:
         segments: list[Segment] = []
-        begun = cut = 0
+        counts = np.zeros((len(self._streams), 3), dtype=np.int64)
         for number, offset, length in pieces:
             source, document = documents[number]
             reader = self._streams[source].reader
             name = reader.document_id(document)
             segments.append(Segment(reader.source.name, document.epoch, name, offset, length))
-            begun += offset == 0
-            cut += offset + length < min(len(document.tokens), (offset // most + 1) * most)
+            counts[source] += (length, offset == 0, cuts.get(number) == offset)
         parts = [documents[n][1].tokens[offset : offset + length] for n, offset, length in pieces]
         padding = np.zeros(stage.sequence_length - sum(map(len, parts)), dtype=np.int32)
-        return PackedRow(np.concatenate([*parts, padding]), tuple(segments), begun, cut)
+        return PackedRow(np.concatenate([*parts, padding]), tuple(segments), counts)
 
     def _check_resumed(self, found: int, documents: list[tuple[int, Document]]) -> None:
         """The open window of a resume must hold the tokens that it held when the state was taken."""

@@ -161,10 +161,9 @@ class Loader:
                         f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
                         f"is in window {lane.window_index}; resume from another checkpoint"
                     )
-                if number in needed:
-                    windows[number] = lane.next_window()
-                else:  # another stage's
-                    lane.skip_window()
+                window = lane.next_window()
+                if number in needed:  # else in another stage
+                    windows[number] = window
             end = start + plan.steps_in_window(index)
             for step in range(next_step, end):
                 yield self._assemble(share, step, step - start, windows)
@@ -194,14 +193,18 @@ class Loader:
             for lane in self._owned:
                 records += windows[lane].records
                 skips += windows[lane].skips
+        sources = sum((row.sources for row in packed), np.zeros((len(records), 3), dtype=np.int64))
+        epochs = [[cursor.epoch for cursor in window.start] for window in windows.values()]
         return StepRows(
             step=step,
             rows=tuple(rows),
             micro_batches=tuple(make_batch(rows[i : i + size]) for i in range(0, len(rows), size)),
-            counts=_counts(rows, packed),
+            counts=_counts(rows, sources),
             records=records,
             skips=tuple(skips),
+            sources=sources,
             epoch=self._epoch(plan.stage_of(index).weights, windows),
+            epochs=np.array(epochs, dtype=np.int64).min(axis=0),
             state=state,
             wait_seconds=0.0,
         )
@@ -264,7 +267,7 @@ def make_batch(rows: list[Row]) -> Batch:
     )
 
 
-def _counts(rows: list[Row], packed: list[PackedRow]) -> Counts:
+def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     real = [row for row in rows if row.segments]
     lengths = np.array([s.length for row in real for s in row.segments], dtype=np.int64)
     digest = 0
@@ -274,8 +277,8 @@ def _counts(rows: list[Row], packed: list[PackedRow]) -> Counts:
     return Counts(
         tokens=int(lengths.sum()),
         predicted=int((lengths - 1).sum()),
-        documents=sum(row.documents for row in packed),
-        cut=sum(row.cut for row in packed),
+        documents=int(sources[:, 1].sum()),
+        cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
         digest=(digest + 2**63) % 2**64 - 2**63,
     )

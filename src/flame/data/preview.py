@@ -18,7 +18,7 @@ from flame.data.streams import open_readers
 def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Iterator[list[Row]]:
     """The rows of each step in global order, through `world` loaders one after another in this process.
 
-    Windows before the first step are passed over without building them. Raises what the loader raises.
+    Windows before the first step are read, too. Raises what the loader raises.
     """
     check_world(plan, world)
     if not steps:
@@ -38,7 +38,7 @@ def state_at_window(catalog: Catalog, plan: DataPlan, window: int) -> DataState:
     lanes = [Lane(plan, readers, tokenizer, lane) for lane in range(plan.lanes)]
     for lane in lanes:
         for _ in range(window):
-            lane.skip_window()
+            lane.next_window()
     columns = state_columns([source.name for source in catalog.sources])
     states = np.array([lane.state() for lane in lanes], dtype=np.int64)
     step = sum(plan.steps_in_window(w) for w in range(window))

@@ -17,7 +17,7 @@ from flame.data.sources import Source, document_id
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
-CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped")
+CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped", "cut")
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
@@ -35,6 +35,7 @@ class Cursor:
     phase_tokens: int = 0  # given since the weights last changed
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
+    cut: int = 0  # 1 where the document here has been cut already
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -159,7 +160,7 @@ class Stream:
         self._ahead.popleft()
         self.cursor.records += head.ends_record
         self.cursor.document = head.number + 1
-        self.cursor.offset = 0
+        self.cursor.offset = self.cursor.cut = 0
 
     def _last_reason(self) -> str:
         if not self.skips:

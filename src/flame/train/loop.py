@@ -47,6 +47,7 @@ class Progress:
     documents: int = 0
     updates_skipped: int = 0
     records: list[list[int]] = field(default_factory=list[list[int]])  # per source: passed, skipped
+    sources: list[list[int]] = field(default_factory=list[list[int]])  # tokens, documents, documents cut
 
     def with_records(self, agreed: Agreed) -> np.ndarray:
         """Records passed and skipped, [sources, 2], when the next step is trained too."""
@@ -55,6 +56,7 @@ class Progress:
     def advance(self, agreed: Agreed) -> None:
         """Counts one more trained step."""
         self.records = self.with_records(agreed).tolist()
+        self.sources = (agreed.sources + np.array(self.sources or 0, np.int64)).tolist()
         self.step += 1
         self.tokens += agreed.counts.tokens
         self.documents += agreed.counts.documents

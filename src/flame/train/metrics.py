@@ -27,6 +27,7 @@ class Advanced(Protocol):
     tokens: int
     documents: int
     records: list[list[int]]
+    sources: list[list[int]]
 
 
 class Meter:
@@ -39,14 +40,17 @@ class Meter:
         peak_flops: float | None,
         device: torch.device,
         updates_skipped: int,
+        sources: list[str],
         journal: Journal | None,
         screen: Screen | None,
     ) -> None:
         """`flops`: floating-point operations of a step, over all ranks. `peak_flops`: per second, of
-        all devices together; None where unknown. `journal` and `screen`: on rank 0 alone."""
+        all devices together; None where unknown. `sources`: their names. `journal` and `screen`: on rank
+        0 alone."""
         self._flops = flops
         self._peak = peak_flops
         self._device = device
+        self._sources = sources
         self._journal = journal
         self._screen = screen
         self._skipped = torch.tensor(updates_skipped, dtype=torch.int64, device=device)
@@ -96,14 +100,25 @@ class Meter:
             "documents": progress.documents,
             "records_skipped": sum(skipped for _, skipped in progress.records),
             "updates_skipped": skipped,
-            "segments_cut": agreed.counts.cut,
+            "documents_cut": sum(cut for *_, cut in progress.sources),
             "rows_digest": f"{agreed.counts.digest % 2**64:016x}",
+            "sources": self._of_sources(progress, agreed),
         }
         if self._journal is not None:
             self._journal.metrics(record)
         if self._screen is not None:
             self._screen.show(record)
         self._reset()
+
+    def _of_sources(self, progress: Advanced, agreed: Agreed) -> dict[str, dict[str, int]]:
+        """What each source gave since the run began, and the epoch that all lanes have begun."""
+        epochs: list[int] = agreed.epochs.tolist()
+        return {
+            name: {"tokens": tokens, "documents": documents, "epoch": epoch, "skipped": skipped, "cut": cut}
+            for name, epoch, (tokens, documents, cut), (_, skipped) in zip(
+                self._sources, epochs, progress.sources, progress.records, strict=True
+            )
+        }
 
     def _memory_gib(self) -> float | None:
         if self._device.type != "cuda":
