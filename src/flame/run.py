@@ -18,7 +18,8 @@ from torch import nn
 
 from flame import schema
 from flame.batch import Counts
-from flame.data.catalog import Catalog, check_skipped, fingerprint, fingerprint_difference, open_catalog
+from flame.data.catalog import Catalog, check_skipped, fingerprint, open_catalog
+from flame.data.changes import rejoin
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
@@ -101,7 +102,10 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
     data = open_data(recipe, world)
     guest = build_guest(recipe, world, data.catalog)
     step = newest_sound(recipe.directory, world.checkpoint)
-    saved = load_saved(recipe, world, guest, data, step) if step is not None else Saved()
+    saved = Saved()
+    if step is not None:
+        data, state = rejoin_data(recipe, world, data, step)
+        saved = load_saved(recipe, world, guest, state, step)
     total = recipe.total_steps
     if total is not None and saved.progress.step >= total:
         if world.rank == 0:
@@ -145,6 +149,22 @@ def open_data(recipe: Recipe, world: World) -> Data:
 
     catalog, seal = world.from_rank_zero(look)
     return Data(plan, catalog, seal)
+
+
+def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Data, DataState]:
+    """The data as the run knows them, and its place in them. Raises DataError where they are others."""
+    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
+
+    def look() -> tuple[Data, DataState]:
+        try:
+            found = rejoin(data.catalog, data.plan, state, accept=recipe.data.accept_changed_sources)
+        except DataError as error:
+            raise DataError(f"{recipe.directory} was started with other data: {error}") from None
+        if found.changes:
+            event(recipe.directory, "sources_changed", step=step, changes=found.changes)
+        return Data(data.plan, found.catalog, fingerprint(found.catalog, data.plan)), found.state
+
+    return world.from_rank_zero(look)
 
 
 def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved) -> list[int]:
@@ -242,8 +262,8 @@ class Saved:
     ranks: int | None = None
 
 
-def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int) -> Saved:
-    """Loads a checkpoint. Raises FlameError where it belongs to other data or another model."""
+def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, step: int) -> Saved:
+    """Loads a checkpoint. Raises FlameError where it belongs to another model."""
     train_record = read_record(recipe.directory, step, "train.json")
     extra = {key: train_record.pop(key) for key in ("micro_batch_rows", "ranks", "model")}
     for name, old, new in differing(extra["model"], model_record(guest.config)):
@@ -251,10 +271,6 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int
             f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
             f"in {recipe.model.config}"
         )
-    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
-    difference = fingerprint_difference(state.fingerprint, data.fingerprint)
-    if difference is not None:
-        raise DataError(f"{recipe.directory} was started with other data: {difference}")
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
     return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from flame.data import blocks
+from flame.data.blocks import Blocks
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.sources import Source, open_source
+from flame.data.streams import SourceReader
 from flame.data.tokens import Tokenizer, load_tokenizer
 from flame.errors import DataError, RecipeError
 
@@ -31,6 +33,10 @@ class Catalog:
     bos: bool
     tokenizer_identity: dict[str, Any]
     vocab_size: int  # the tokenizer's largest id + 1
+    joined: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    # by source and file: the first epoch of files that joined while the source was read
+    generations: dict[str, list[tuple[int, Blocks]]] = field(default_factory=dict[str, Any])
+    # of those sources: their blocks from an epoch on
 
     @property
     def notes(self) -> list[str]:
@@ -40,6 +46,14 @@ class Catalog:
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer, opened. Raises DataError."""
         return load_tokenizer(self.tokenizer_path, self.bos)
+
+
+def open_readers(catalog: Catalog, plan: DataPlan) -> list[SourceReader]:
+    """A reader for each source."""
+    return [
+        SourceReader(source, plan, max_epochs, catalog.generations.get(source.name, ()))
+        for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
+    ]
 
 
 def open_catalog(
@@ -108,9 +122,14 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
                 "max_epochs": max_epochs,
                 "format": source.format,
                 "text": source.field,
-                "files": [{"name": file.name, "size": file.size, "hash": file.hash} for file in source.files],
+                "files": [
+                    {"name": file.name, "size": file.size, "hash": file.hash}
+                    | ({"first_epoch": joined[file.name]} if file.name in joined else {})
+                    for file in source.files
+                ],
             }
             for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
+            for joined in [catalog.joined.get(source.name, {})]
         ],
     }
 

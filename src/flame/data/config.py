@@ -105,6 +105,11 @@ class DataConfig:
         help="stop when more than this share of a source's records (after its first 1,000) is unreadable",
         identity=False,
     )
+    accept_changed_sources: bool = setting(
+        False,
+        help="go on although files are new, gone or changed since the run began; an event records which",
+        identity=False,
+    )
     at_source_end: str = setting(
         "redistribute",
         help="when a source has reached its max_epochs in a lane: redistribute its share to the lane's other "

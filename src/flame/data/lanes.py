@@ -18,6 +18,7 @@ from flame.data.tokens import Tokenizer
 from flame.errors import DataError
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
+UNKNOWN = 0  # the hash of a window whose files have changed by permission
 RECORDS, SKIPPED = (CURSOR.index(name) - len(CURSOR) for name in ("records", "skipped"))
 
 
@@ -57,6 +58,7 @@ class Window:
         for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
             values += cursor.values()
             if row:  # what a begun window passed has been reported
+                values[-1] = self.end[len(values) - 1]
                 values[RECORDS] += records
                 values[SKIPPED] += skipped
         return values
@@ -233,7 +235,7 @@ class Lane:
 
     def _check_resumed(self, found: int, documents: list[tuple[int, Document]]) -> None:
         """The open window of a resume must hold the tokens that it held when the state was taken."""
-        if found == self._hash:
+        if self._hash in (found, UNKNOWN):
             return
         readers = ((self._streams[source].reader, document) for source, document in documents)
         files = list(dict.fromkeys(str(r.source.files[document.file].path) for r, document in readers))

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
-from flame.data.catalog import Catalog
+from flame.data.catalog import Catalog, open_readers
 from flame.data.lanes import Lane, PackedRow, Window, state_columns
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
-from flame.data.streams import open_readers
 from flame.errors import DataError, RecipeError
 
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
@@ -64,7 +63,7 @@ class Loader:
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
         tokenizer = catalog.load_tokenizer()
-        readers = open_readers(catalog.sources, plan)
+        readers = open_readers(catalog, plan)
         current = plan.stage_number(plan.window_at(self._first_step)[0])
         wanted = {place % plan.lanes for share in self._shares[current:] for place in share.places}
         self._lanes = {

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from flame.batch import Row
-from flame.data.catalog import Catalog, fingerprint
+from flame.data.catalog import Catalog, fingerprint, open_readers
 from flame.data.lanes import Lane, state_columns
 from flame.data.loader import Loader, check_world
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.streams import open_readers
 
 
 def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Iterator[list[Row]]:
@@ -34,7 +33,7 @@ def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Itera
 def state_at_window(catalog: Catalog, plan: DataPlan, window: int) -> DataState:
     """The data state at the beginning of a window of a fresh run."""
     tokenizer = catalog.load_tokenizer()
-    readers = open_readers(catalog.sources, plan)
+    readers = open_readers(catalog, plan)
     lanes = [Lane(plan, readers, tokenizer, lane) for lane in range(plan.lanes)]
     for lane in lanes:
         for _ in range(window):

@@ -11,13 +11,25 @@ import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
+from flame.data.blocks import Blocks
 from flame.data.formats import Bad, Format
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
-CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped", "cut")
+CURSOR = (
+    "epoch",
+    "group",
+    "document",
+    "offset",
+    "tokens",
+    "phase_tokens",
+    "records",
+    "skipped",
+    "cut",
+    "begun",
+)
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
@@ -36,6 +48,7 @@ class Cursor:
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
     cut: int = 0  # 1 where the document here has been cut already
+    begun: int = 0  # the last epoch that was begun, at the end of the window that is open
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -64,20 +77,32 @@ class Exhausted:
 class SourceReader:
     """What all lanes of a rank share of a source: its open files and its keys."""
 
-    def __init__(self, source: Source, plan: DataPlan, max_epochs: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: DataPlan,
+        max_epochs: int | None = None,
+        generations: Sequence[tuple[int, Blocks]] = (),
+    ) -> None:
+        """`generations`: (first epoch, blocks), where files joined the source while it was read."""
         self.source, self.plan, self.max_epochs = source, plan, max_epochs
+        self._generations = generations or [(0, source.blocks)]
         self.format: Format = source.open()
         self.key = blocks.name_key(source.name)
+
+    def blocks(self, epoch: int) -> Blocks:
+        """The blocks that the source has in an epoch."""
+        return next(cut for first, cut in reversed(self._generations) if first <= epoch)
 
     def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
         """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
         positions = lane + np.arange(first, first + count, dtype=np.int64) * self.plan.lanes
         key = blocks.mix(self.plan.seed, epoch, self.key)
-        return blocks.feistel(positions, len(self.source.blocks), key)
+        return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
+    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | None]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.source.blocks, list[tuple[int, int, bytes | None]]()
+        cut, found = self.blocks(epoch), list[tuple[int, int, bytes | None]]()
         for block in group:
             file = int(cut.file[block])
             read = self.format.read(file, int(cut.start[block]), int(cut.stop[block]))
@@ -95,11 +120,6 @@ class SourceReader:
 
     def document_id(self, document: Document) -> str:
         return document_id(self.source.files[document.file].name, document.position, document.part)
-
-
-def open_readers(sources: Sequence[Source], plan: DataPlan) -> list[SourceReader]:
-    """A reader for each source."""
-    return [SourceReader(*each) for each in zip(sources, [plan] * len(sources), plan.max_epochs, strict=True)]
 
 
 class Stream:
@@ -139,6 +159,7 @@ class Stream:
                     f"source holds and found no text in any of them{self._last_reason()}"
                 )
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
+            at.begun = at.epoch
             if len(head.tokens):
                 return head
             if isinstance(head.text, Bad):
@@ -191,7 +212,6 @@ class Stream:
 
     def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
         """All documents from a place on. `skipped` documents of the first group are passed."""
-        whole = self.reader.source.blocks.all_units
         barren = 0  # units of groups in a row that hold no text
         for epoch, group, chosen in self._groups(first_epoch, first_group):
             text = skipped > 0
@@ -199,16 +219,16 @@ class Stream:
                 text = text or isinstance(document.text, str)
                 yield document
             skipped = 0
-            barren = 0 if text else barren + self.reader.source.blocks.units(chosen)
-            if barren >= whole:
+            held = self.reader.blocks(epoch)
+            barren = 0 if text else barren + held.units(chosen)
+            if barren >= held.all_units:
                 yield Exhausted()
 
     def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(epoch, group, its blocks) from a place on."""
-        plan, source = self.reader.plan, self.reader.source
-        size = plan.group_blocks
-        positions = blocks.positions_of_lane(len(source.blocks), self.lane, plan.lanes)
+        plan, size = self.reader.plan, self.reader.plan.group_blocks
         while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
+            positions = blocks.positions_of_lane(len(self.reader.blocks(epoch)), self.lane, plan.lanes)
             for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
@@ -219,7 +239,7 @@ class Stream:
     def _in_group(self, epoch: int, group: int, chosen: np.ndarray) -> Iterator[Document]:
         """The documents of a group, permuted; the parts of a long one stay together, in order."""
         reader = self.reader
-        records = reader.records(chosen)
+        records = reader.records(epoch, chosen)
         key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
         number = 0
         for i in blocks.shuffled(len(records), key, reader.key):
