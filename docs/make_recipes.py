@@ -51,6 +51,13 @@ name = "code"
 files = ["data/code", "more/code.jsonl"]
 text = "content"                 # the field that holds the text
 weight = 1                       # ... for each token of this one
+max_epochs = 2                   # then web goes on alone; with at_source_end = "stop" the run ends
+
+[[data.phases]]                  # later settings; what is not named stays
+at = "8B tokens"                 # begins with the first window at or past it
+weights = { web = 1, code = 1 }
+sequence_length = 4096
+tokens_per_step = "128Ki"
 
 [batch]
 tokens_per_step = "64Ki"         # over all ranks; a whole number of rows
@@ -70,7 +77,8 @@ Types:
 
 - **count**: a whole number, or a string with a suffix: K, M, B, T (powers of 1000) or Ki, Mi, Gi (of 1024).
 - **duration**: a string of a count and a unit, such as `"1000 steps"` or `"2B tokens"`.
-- **required**: there is no default. Of `run.steps` and `run.tokens` exactly one is required.
+- **required**: there is no default. Of `run.steps` and `run.tokens` one is required, unless `max_epochs`
+  ends every source.
 
 "Same run" says what happens when a run is continued with another value. A setting marked **fixed** makes it
 another run, which is refused with the setting's name. A setting marked *free* may change at any resume.
@@ -135,6 +143,8 @@ def kind(field: dataclasses.Field[Any], hint: Any) -> str:
     if hint is Duration:
         units = [unit for unit in ("steps", "tokens", "minutes") if accepts(parse, f"1 {unit}")]
         return f"duration in {', '.join(units)}"
+    if get_origin(hint) is dict:
+        return "table of numbers"
     if get_origin(hint) is list:
         return "string or list of strings"
     if hint is int and accepts(parse, "1Ki"):

@@ -63,7 +63,8 @@ class Counts:
     tokens: int  # of real rows, unpredicted ones included; no filler
     predicted: int  # labels that are not IGNORED
     documents: int  # segments that begin a document
-    cut: int  # segments that end before their document (or its piece of max_document_length) does
+    cut: int  # documents of which a segment ends before the document (or its piece of max_document_length)
+    # does, each counted once, at the first such segment
     attended: int  # pairs (query, key) under a causal mask within segments: sum of n * (n + 1) / 2
     digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens)
 
@@ -91,6 +92,8 @@ class StepRows:
         np.ndarray
     )  # int64 [sources, 2]: records passed and skipped in windows that begin here, by lanes this rank owns
     skips: tuple[Skip, ...]  # the same records' names
+    sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources
+    epochs: np.ndarray  # int64 [sources]: the smallest over this rank's lanes
     state: np.ndarray  # int64 [N, F] after this step; zero in lanes that another rank owns
     wait_seconds: float  # how long the trainer waited for these rows

@@ -8,12 +8,13 @@ from typing import Any
 
 from flame import schema
 from flame.data.config import BYTES, DataConfig, TokenizerConfig
+from flame.data.plan import DataPlan
 from flame.data.raw import is_url
 from flame.errors import RecipeError
 from flame.models.config import ModelConfig
 from flame.parallel.config import ParallelConfig, PrecisionConfig
 from flame.parallel.mesh import resolve_layout
-from flame.schema import section
+from flame.schema import Duration, section
 from flame.train.config import (
     BatchConfig,
     CheckpointConfig,
@@ -46,12 +47,16 @@ class Recipe:
         return Path(self.run.directory)
 
     @property
-    def total_steps(self) -> int:
-        """The run's length in optimizer steps."""
-        if self.run.steps is not None:
-            return self.run.steps
-        assert self.run.tokens is not None
-        return -(-self.run.tokens // self.batch.tokens_per_step)
+    def plan(self) -> DataPlan:
+        """The order of the data. Raises RecipeError where settings exclude each other."""
+        return DataPlan.of(self.data, self.batch.tokens_per_step, self.run.seed)
+
+    @property
+    def total_steps(self) -> int | None:
+        """The run's length in optimizer steps; None: it ends with its data."""
+        if self.run.tokens is not None:
+            return self.plan.steps_of(Duration(self.run.tokens, "tokens"))
+        return self.run.steps
 
 
 def read_recipe(path: Path, flags: dict[str, str] | None = None) -> Recipe:
@@ -69,8 +74,8 @@ def read_recipe(path: Path, flags: dict[str, str] | None = None) -> Recipe:
 def check(recipe: Recipe, origin: str) -> None:
     """What no single field can know."""
     run, batch = recipe.run, recipe.batch
-    if (run.steps is None) == (run.tokens is None):
-        raise RecipeError(f"{origin}: run: give either steps or tokens, the length of the run")
+    if run.steps is not None and run.tokens is not None:
+        raise RecipeError(f"{origin}: run: give either steps or tokens, the length of the run, not both")
     for name, value in [
         ("run.steps", run.steps),
         ("run.tokens", run.tokens),
@@ -85,7 +90,13 @@ def check(recipe: Recipe, origin: str) -> None:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
-    Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, batch.tokens_per_step)
+    plan = recipe.plan
+    if run.steps is None and run.tokens is None and not plan.ends:
+        raise RecipeError(
+            f"{origin}: run: give steps or tokens, the length of the run, or max_epochs for every source: "
+            "the run then ends with its data"
+        )
+    Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, plan.steps_of)
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
@@ -93,12 +104,13 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
     if ranks < 1:
         raise RecipeError(f"--nproc: found {ranks}, expected at least 1")
     layout = resolve_layout(recipe.parallel, ranks)
-    rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+    stage = min(recipe.plan.stages, key=lambda stage: stage.rows_per_step)
+    rows = stage.rows_per_step
     if layout.data_ranks > rows:
         raise RecipeError(
             f"{layout.data_ranks} data-parallel ranks, but a step has only {rows} rows "
-            f"(batch.tokens_per_step {recipe.batch.tokens_per_step} / data.sequence_length "
-            f"{recipe.data.sequence_length}); use at most {rows} ranks, or larger steps"
+            f"(batch.tokens_per_step {stage.tokens_per_step} / data.sequence_length "
+            f"{stage.sequence_length}); use at most {rows} ranks, or larger steps"
         )
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from flame import schema
 from flame.batch import Counts
-from flame.data.catalog import Catalog, check_skipped, fingerprint, fingerprint_difference, open_catalog
+from flame.data.catalog import Catalog, check_skipped, fingerprint, open_catalog
+from flame.data.changes import rejoin
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
@@ -101,18 +102,22 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
     data = open_data(recipe, world)
     guest = build_guest(recipe, world, data.catalog)
     step = newest_sound(recipe.directory, world.checkpoint)
-    saved = load_saved(recipe, world, guest, data, step) if step is not None else Saved()
-    if saved.progress.step >= recipe.total_steps:
+    saved = Saved()
+    if step is not None:
+        data, state = rejoin_data(recipe, world, data, step)
+        saved = load_saved(recipe, world, guest, state, step)
+    total = recipe.total_steps
+    if total is not None and saved.progress.step >= total:
         if world.rank == 0:
-            print(f"{recipe.directory} is finished: step {saved.progress.step} of {recipe.total_steps}")
+            print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
         return Exit.DONE
 
-    rows = micro_batch_rows(recipe, world, saved)
+    rows = micro_batch_rows(recipe, data.plan, world, saved)
     begin(recipe, world, guest, saved)
     journal, screen = None, None
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
-        screen = Screen(recipe.total_steps, saved.progress.step)
+        screen = Screen(total, saved.progress.step)
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
             return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
@@ -136,7 +141,7 @@ class Data:
 
 def open_data(recipe: Recipe, world: World) -> Data:
     """Rank 0 looks at the files; the others are told."""
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
 
     def look() -> tuple[Catalog, dict[str, Any]]:
         catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
@@ -146,20 +151,38 @@ def open_data(recipe: Recipe, world: World) -> Data:
     return Data(plan, catalog, seal)
 
 
-def micro_batch_rows(recipe: Recipe, world: World, saved: Saved) -> int:
-    """Rows of a micro-batch. `auto` is resolved once and kept while the number of ranks is the same.
+def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Data, DataState]:
+    """The data as the run knows them, and its place in them. Raises DataError where they are others."""
+    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
+
+    def look() -> tuple[Data, DataState]:
+        try:
+            found = rejoin(data.catalog, data.plan, state, accept=recipe.data.accept_changed_sources)
+        except DataError as error:
+            raise DataError(f"{recipe.directory} was started with other data: {error}") from None
+        if found.changes:
+            event(recipe.directory, "sources_changed", step=step, changes=found.changes)
+        return Data(data.plan, found.catalog, fingerprint(found.catalog, data.plan)), found.state
+
+    return world.from_rank_zero(look)
+
+
+def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved) -> list[int]:
+    """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the number
+    of ranks is the same.
 
     On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it.
     """
     if recipe.batch.micro_batch_rows is not None:
-        return recipe.batch.micro_batch_rows
+        return [recipe.batch.micro_batch_rows] * len(plan.stages)
     if saved.ranks == world.size and saved.micro_batch_rows is not None:
         return saved.micro_batch_rows
     if world.device.type == "cpu":
-        return 1
-    length = recipe.data.sequence_length
-    per_rank = -(-recipe.batch.tokens_per_step // length // world.size)
-    return max(1, min(per_rank, AUTO_TOKENS // length))
+        return [1] * len(plan.stages)
+    return [
+        max(1, min(-(-stage.rows_per_step // world.size), AUTO_TOKENS // stage.sequence_length))
+        for stage in plan.stages
+    ]
 
 
 # --------------------------------------------------------------------------------------- model
@@ -235,12 +258,12 @@ class Saved:
 
     progress: Progress = field(default_factory=Progress)
     data: DataState | None = None
-    micro_batch_rows: int | None = None
+    micro_batch_rows: list[int] | None = None  # for each stage of the data
     ranks: int | None = None
 
 
-def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int) -> Saved:
-    """Loads a checkpoint. Raises FlameError where it belongs to other data or another model."""
+def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, step: int) -> Saved:
+    """Loads a checkpoint. Raises FlameError where it belongs to another model."""
     train_record = read_record(recipe.directory, step, "train.json")
     extra = {key: train_record.pop(key) for key in ("micro_batch_rows", "ranks", "model")}
     for name, old, new in differing(extra["model"], model_record(guest.config)):
@@ -248,10 +271,6 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, data: Data, step: int
             f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
             f"in {recipe.model.config}"
         )
-    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
-    difference = fingerprint_difference(state.fingerprint, data.fingerprint)
-    if difference is not None:
-        raise DataError(f"{recipe.directory} was started with other data: {difference}")
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
     return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])
@@ -300,7 +319,7 @@ def make_job(
     data: Data,
     saved: Saved,
     loader: Loader,
-    rows: int,
+    rows: list[int],
     journal: Journal | None,
     screen: Screen | None,
 ) -> Job:
@@ -316,7 +335,6 @@ def make_job(
         run=recipe.directory,
         seed=recipe.run.seed,
         total_steps=recipe.total_steps,
-        tokens_per_step=recipe.batch.tokens_per_step,
         clip_norm=recipe.optimizer.clip_norm,
         checkpoint_every=recipe.checkpoint.every,
         logging_every=recipe.logging.every,
@@ -325,9 +343,7 @@ def make_job(
         device=world.device,
         shards=guest.shards,
         optimizer=guest.optimizer,
-        schedule=Schedule.of(
-            recipe.schedule, recipe.optimizer, recipe.total_steps, recipe.batch.tokens_per_step
-        ),
+        schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
         rows=loader,
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
         checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
@@ -336,6 +352,7 @@ def make_job(
             peak_flops=peak * world.size if peak is not None else None,
             device=world.device,
             updates_skipped=saved.progress.updates_skipped,
+            sources=[source.name for source in data.catalog.sources],
             journal=journal,
             screen=screen,
         ),

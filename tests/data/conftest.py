@@ -54,13 +54,21 @@ def open_data(folder: Path) -> Callable[..., tuple[Catalog, DataPlan]]:
     """Opens the folder's files: `open_data(lanes=3, ranges=True, ...)` -> catalog and plan."""
     known: dict[str, tuple[Catalog, DataPlan]] = {}
 
-    def open_it(ranges: bool = False, files: tuple[tuple[str, float], ...] = (), **settings: Any):
-        key = repr((ranges, files, sorted(settings.items())))
+    def open_it(
+        ranges: bool = False,
+        files: tuple[tuple[str, float], ...] = (),
+        max_epochs: tuple[int | None, ...] = (None, None, None),
+        **settings: Any,
+    ):
+        key = repr((ranges, files, max_epochs, sorted(settings.items())))
         if key not in known:
             settings = {"sequence_length": 64, "lanes": 3, "window_steps": 4, "rows": 6, **settings}
             rows, seed = settings.pop("rows"), settings.pop("seed", 7)
             named = files or (("a.jsonl", 3.0), ("p/*.parquet", 1.0))
-            sources = [SourceConfig(f"s{i}", [file], weight=w) for i, (file, w) in enumerate(named)]
+            sources = [
+                SourceConfig(f"s{i}", [file], weight=w, max_epochs=max_epochs[i])
+                for i, (file, w) in enumerate(named)
+            ]
             config = DataConfig(sources=sources, **settings)
             plan = DataPlan.of(config, rows * config.sequence_length, seed)
             with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ def silent(done: int, total: int) -> None:
 @pytest.mark.parametrize("ranges", [False, True])
 def test_a_check_counts_every_record_once(open_data: Callable[..., Any], ranges: bool) -> None:
     catalog, plan = open_data(ranges)
-    report = check_sources(catalog, plan.sequence_length, 1, silent)
+    report = check_sources(catalog, plan.stages[0].sequence_length, 1, silent)
     tokenizer = catalog.load_tokenizer()
     for source, found in zip(catalog.sources, report.sources, strict=True):
         reader = source.open()
@@ -43,8 +43,8 @@ def test_a_check_counts_every_record_once(open_data: Callable[..., Any], ranges:
 
 def test_processes_find_what_one_finds(open_data: Callable[..., Any]) -> None:
     catalog, plan = open_data(True)
-    assert check_sources(catalog, plan.sequence_length, 2, silent) == check_sources(
-        catalog, plan.sequence_length, 1, silent
+    assert check_sources(catalog, plan.stages[0].sequence_length, 2, silent) == check_sources(
+        catalog, plan.stages[0].sequence_length, 1, silent
     )
 
 

@@ -11,40 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.streaming import Opened, PlainRow, loaders, plain, replayed, rows_of, state_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.batch import IGNORED, Row, StepRows
+from flame.batch import IGNORED
 from flame.data import tokens
-from flame.data.catalog import Catalog, fingerprint
-from flame.data.loader import Loader
-from flame.data.plan import DataPlan
 from flame.data.preview import preview
 from flame.data.state import DataState
 from flame.errors import DataError, RecipeError
 
-Opened = tuple[Catalog, DataPlan]
 OpenData = Callable[..., Opened]
 STEPS = 40
-
-
-def loaders(data: Opened, world: int, state: DataState | None = None, prefetch: bool = False) -> list[Loader]:
-    return [Loader(*data, rank, world, 2, state, prefetch) for rank in range(world)]
-
-
-def state_after(data: Opened, parts: list[StepRows], columns: list[str]) -> DataState:
-    """What the trainer saves: the sum over ranks, through JSON."""
-    lanes = sum((part.state for part in parts), np.zeros_like(parts[0].state))
-    state = DataState(parts[0].step + 1, lanes, columns, fingerprint(*data))
-    return DataState.from_json(state.to_json())
-
-
-def rows_of(parts: list[StepRows]) -> list[Row]:
-    return sorted((row for part in parts for row in part.rows if row.segments), key=lambda row: row.index)
-
-
-def plain(rows: list[Row]) -> list[tuple[int, bytes, tuple[tuple[object, ...], ...]]]:
-    return [(row.index, row.tokens.tobytes(), row.segments) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +79,9 @@ def test_more_ranks_than_lanes_and_uneven_shares(open_data: OpenData, world: int
         assert sorted(skip for part in parts for skip in part.skips) == sorted(alone.skips)
 
 
-def replay(data: Opened, runs: list[tuple[int, int, int]], save_prefetched: bool) -> Iterator[list[object]]:
-    """Runs of (ranks, steps trained, steps only prefetched), each resumed from the last one's state."""
-    state = None
-    for world, trained, ahead in runs:
-        ranks = loaders(data, world, state)
-        for step in range(trained + ahead):
-            parts = [rank.next_step() for rank in ranks]
-            if step < trained:
-                yield plain(rows_of(parts))
-            if step < trained or save_prefetched:
-                state = state_after(data, parts, ranks[0].columns)
+def replay(data: Opened, runs: list[tuple[int, int, int]], save_prefetched: bool) -> Iterator[list[PlainRow]]:
+    """The rows of `replayed`; `save_prefetched` saves, wrongly, the state of what was only read ahead."""
+    return (plain(rows_of(parts)) for parts in replayed(data, runs, save_prefetched))
 
 
 RUNS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7), st.integers(0, 5)), min_size=2, max_size=5)
@@ -262,7 +232,8 @@ def test_shares_hold_within_a_row_at_every_windows_end(
             given_tokens = state[:, columns]
             share = np.array([w for _, w in named]) / sum(w for _, w in named)
             assert (
-                np.abs(given_tokens - given_tokens.sum(1, keepdims=True) * share) <= plan.sequence_length
+                np.abs(given_tokens - given_tokens.sum(1, keepdims=True) * share)
+                <= plan.stages[0].sequence_length
             ).all()
     assert ends > 5
 
@@ -384,3 +355,35 @@ def test_preview_shows_what_the_loader_gives(open_data: OpenData, stream, start:
 
 def test_preview_of_no_steps_is_empty(open_data: OpenData) -> None:
     assert list(preview(*open_data(), range(3, 3), 1)) == []
+
+
+# ---------------------------------------------------------------------------------- counters
+
+
+@pytest.mark.parametrize("piece", [64, 24])
+@pytest.mark.parametrize("world", [1, 5])
+def test_a_cut_document_is_counted_once(open_data: OpenData, piece: int, world: int) -> None:
+    catalog, _ = data = open_data(max_document_length=piece)
+    tokenizer = catalog.load_tokenizer()
+    lengths: dict[tuple[str, str], int] = {}
+    for source in catalog.sources:
+        reader = source.open()
+        for block in range(len(source.blocks)):
+            file = int(source.blocks.file[block])
+            where = int(source.blocks.start[block]), int(source.blocks.stop[block])
+            for position, content in reader.read(file, *where):
+                name = f"{source.files[file].name}:{position}"
+                lengths[source.name, name] = len(tokenizer.encode([str(reader.decode(content))])[0])
+    total = np.zeros((2, 3), dtype=np.int64)
+    cut: list[set[tuple[int, str]]] = [set(), set()]
+    segments = 0
+    for parts in replayed(data, [(world, 13, 2), (world, 9, 1), (1, 17, 0)]):  # up to a window's end
+        total += sum(part.sources for part in parts)
+        assert sum(part.sources for part in parts)[:, 2].sum() == sum(part.counts.cut for part in parts)
+        for source, epoch, document, offset, length in (s for row in rows_of(parts) for s in row.segments):
+            end = min(lengths[source, document], (offset // piece + 1) * piece)
+            if offset + length < end:
+                cut[int(source[1:])].add((epoch, document))
+                segments += 1
+    assert total[:, 2].tolist() == [len(documents) for documents in cut]
+    assert segments > total[:, 2].sum() > 20, "some are cut more than once"

@@ -15,8 +15,10 @@ def plan_of(tokens_per_step: int = 60 * 64, **settings: Any) -> DataPlan:
 
 def test_defaults() -> None:
     plan = plan_of()
-    assert (plan.rows_per_step, plan.lanes, plan.window_steps, plan.max_document_length) == (60, 30, 32, 64)
-    assert plan_of(tokens_per_step=2**20).window_steps == 4
+    (stage,) = plan.stages
+    assert (stage.rows_per_step, stage.window_steps, stage.max_document_length) == (60, 32, 64)
+    assert plan.lanes == 30
+    assert plan_of(tokens_per_step=2**20).stages[0].window_steps == 4
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def step_line(step: int, **changed: Any) -> dict[str, Any]:
         "documents": step,
         "records_skipped": 0,
         "updates_skipped": 0,
-        "segments_cut": 0,
+        "documents_cut": 0,
         "rows_digest": "00ff",
         **changed,
     }

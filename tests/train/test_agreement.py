@@ -30,7 +30,8 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
 
 def write_outcome(folder: Path, rank: int, agreed: Any) -> None:
     fields = {name: getattr(agreed, name) for name in ("epoch", "save", "stop", "failed_rank")}
-    record = {"counts": vars_of(agreed.counts), "records": agreed.records.tolist(), **fields}
+    arrays = {name: getattr(agreed, name).tolist() for name in ("records", "sources", "epochs")}
+    record = {"counts": vars_of(agreed.counts), **arrays, **fields}
     (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
@@ -42,7 +43,11 @@ def rows_of(rank: int) -> StepRows:
     # what the exchange reads of a step's rows, each rank's own
     counts = Counts(100 + rank, 90 + rank, rank, 1, 2**40, 2**62 + rank)
     records = np.array([[rank, 0], [10, rank]], np.int64)
-    rows: Any = SimpleNamespace(counts=counts, records=records, epoch=5 - rank)
+    sources = np.array([[rank, 1, 0], [7, 0, rank]], np.int64)
+    epochs = np.array([5 - rank, 9 + rank], np.int64)
+    rows: Any = SimpleNamespace(
+        counts=counts, records=records, sources=sources, epoch=5 - rank, epochs=epochs
+    )
     return rows
 
 
@@ -70,7 +75,9 @@ def test_counts_are_summed_and_the_digest_wraps_around(tmp_path: Path) -> None:
     assert found["counts"] == [303, 273, 3, 3, 3 * 2**40, digest]
     assert digest < 0, "three times 2^62 is more than an int64 holds"
     assert found["records"] == [[3, 0], [30, 3]]
+    assert found["sources"] == [[3, 3, 0], [21, 0, 3]]
     assert found["epoch"] == 3, "the smallest"
+    assert found["epochs"] == [3, 9], "the smallest of each source"
     assert (found["save"], found["stop"], found["failed_rank"]) == (False, False, None)
 
 

@@ -11,7 +11,7 @@ import pytest
 from flame.batch import Skip
 from flame.errors import CheckpointError
 from flame.train import journal
-from flame.train.journal import Journal, RunLock, SkipLog, append_line, read_lines
+from flame.train.journal import Journal, RunLock, SkipLog, append_line, flat, read_lines
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -73,3 +73,8 @@ def test_a_replaced_file_is_old_or_new_never_half(tmp_path: Path) -> None:
     journal.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_objects_in_a_record_are_flattened_for_tensorboard() -> None:
+    record = {"step": 1, "sources": {"web": {"tokens": 2}, "code": {"tokens": 3}}}
+    assert list(flat(record)) == [("step", 1), ("sources/web/tokens", 2), ("sources/code/tokens", 3)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from flame.errors import RecipeError
@@ -12,7 +14,9 @@ from flame.train.schedule import Schedule
 
 def make(total: int = 100, warmup: int = 10, **settings: object) -> Schedule:
     config = ScheduleConfig(warmup=Duration(warmup, "steps"), **settings)  # type: ignore[arg-type]
-    return Schedule.of(config, OptimizerConfig(learning_rate=2.0), total, tokens_per_step=50)
+    return Schedule.of(
+        config, OptimizerConfig(learning_rate=2.0), total, partial(Duration.steps, tokens_per_step=50)
+    )
 
 
 def test_warm_up_rises_linearly_to_the_peak() -> None:
@@ -47,7 +51,10 @@ def test_constant_never_falls() -> None:
 
 def test_warm_up_in_tokens_is_rounded_up_to_steps() -> None:
     config = ScheduleConfig(warmup=Duration(101, "tokens"))
-    assert Schedule.of(config, OptimizerConfig(), 100, tokens_per_step=50).warmup_steps == 3
+    assert (
+        Schedule.of(config, OptimizerConfig(), 100, partial(Duration.steps, tokens_per_step=50)).warmup_steps
+        == 3
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ def check(path: str, flags: dict[str, str], processes: int | None, as_json: bool
     plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     with progress_of(sys.stderr.isatty()) as progress:
-        report = check_sources(catalog, plan.sequence_length, processes, progress)
+        report = check_sources(catalog, plan.stages[0].sequence_length, processes, progress)
     steps = epoch_steps(recipe, report)
     if as_json:
         print(json.dumps(to_json(report, steps)))
     else:
-        show(report, steps, plan.sequence_length)
+        show(report, steps, plan.stages[0].sequence_length)
     wrong = [f'source "{s.name}": no valid record' for s in report.sources if not s.documents]
     wrong += [
         f'source "{s.name}": {s.unreadable} blocks cannot be read' for s in report.sources if s.unreadable

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from flame.batch import Row
 from flame.data.catalog import open_catalog
-from flame.data.plan import DataPlan
 from flame.data.preview import preview as read_rows
 from flame.data.tokens import Tokenizer
 from flame.errors import Exit, RecipeError
@@ -23,7 +22,7 @@ SHOWN_CHARACTERS = 60  # of each segment's text, in tables
 def preview(path: str, flags: dict[str, str], steps: str, ranks: int, as_json: bool) -> Exit:
     """Prints the rows of `steps` ("A:B"), read through `ranks` readers, in the global order."""
     recipe = read_recipe(Path(path), flags)
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
     wanted = parse_steps(steps)
     if ranks < 1:
         raise RecipeError(f"--ranks: found {ranks}, expected at least 1")

@@ -24,11 +24,14 @@ def status(run: str) -> Exit:
     print(f"{path}: {state(path, metrics, events)}")
     if metrics:
         last = metrics[-1]
-        print(f"  step         {last['step']} of {total} ({100 * last['step'] / total:.1f} %)")
+        of = f" of {total} ({100 * last['step'] / total:.1f} %)" if total else ", until the data end"
+        print(f"  step         {last['step']}{of}")
         print(f"  tokens       {last['tokens']:,}, epoch {last['epoch']}")
         print(
             f"  loss         {last['loss']:.4f}" if last["loss"] is not None else "  loss         not finite"
         )
+        for name, source in last.get("sources", {}).items():
+            print(f"  source       {name}: {described(source)}")
         print(f"  speed        {last['tokens_per_second']:,.0f} tokens/s")
         if last["records_skipped"] or last["updates_skipped"]:
             print(f"  skipped      {last['records_skipped']} records, {last['updates_skipped']} updates")
@@ -39,6 +42,14 @@ def status(run: str) -> Exit:
         counts[entry["event"]] = counts.get(entry["event"], 0) + 1
     print(f"  events       {', '.join(f'{name} {n}' for name, n in sorted(counts.items())) or 'none'}")
     return Exit.DONE
+
+
+def described(source: dict[str, int]) -> str:
+    """What a source has given."""
+    documents = source["documents"]
+    cut = f" ({100 * source['cut'] / documents:.1f} % cut)" if documents else ""
+    skipped = f", {source['skipped']} records skipped" if source["skipped"] else ""
+    return f"{source['tokens']:,} tokens, {documents:,} documents{cut}, epoch {source['epoch']}{skipped}"
 
 
 def state(run: Path, metrics: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:

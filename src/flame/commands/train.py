@@ -11,7 +11,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from flame import schema
-from flame.data.plan import DataPlan
 from flame.errors import Exit
 from flame.parallel.mesh import ranks_around
 from flame.recipe import Recipe, check_ranks, read_recipe, refuse_other_run, run_recipe
@@ -43,7 +42,6 @@ def resume(run: str, flags: dict[str, str], ranks: int | None) -> Exit:
 
 def start(recipe: Recipe, ranks: int | None) -> Exit:
     """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1)."""
-    DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
     refuse_other_run(recipe)
     around = ranks_around()
     if around is not None:
@@ -78,8 +76,9 @@ def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     from flame.train.checkpoint import saved_steps
 
     done = max(saved_steps(recipe.directory), default=0)
-    if done >= recipe.total_steps:
-        print(f"{recipe.directory} is finished: step {done} of {recipe.total_steps}")
+    total = recipe.total_steps
+    if total is not None and done >= total:
+        print(f"{recipe.directory} is finished: step {done} of {total}")
         return Exit.DONE
     ranks = ranks or (torch.cuda.device_count() if with_gpu else 1) or 1
     check_ranks(recipe, ranks)

@@ -72,7 +72,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
     begun = time.perf_counter()
     tokenizer = catalog.load_tokenizer()
     recorder = Recorder(tokenizer)
-    loader = Loader(catalog, plan, 0, ranks, plan.rows_per_step, prefetch=False, tokenizer=recorder)
+    loader = Loader(catalog, plan, 0, ranks, plan.stages[0].rows_per_step, prefetch=False, tokenizer=recorder)
     got = loader.next_step()
     first_rows = time.perf_counter() - begun
     recorder.calls.clear()  # the short windows at the start of a run say little of its speed
@@ -118,7 +118,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
 def _resume(catalog: Catalog, plan: DataPlan, ranks: int, state: DataState, expected: StepRows) -> float:
     """Seconds from a state to its next step, which must be the one seen before."""
     begun = time.perf_counter()
-    resumed = Loader(catalog, plan, 0, ranks, plan.rows_per_step, state, prefetch=False).next_step()
+    resumed = Loader(catalog, plan, 0, ranks, plan.stages[0].rows_per_step, state, prefetch=False).next_step()
     seconds = time.perf_counter() - begun
     if resumed.counts.digest != expected.counts.digest:
         raise DataError(f"data bench: step {expected.step} has other rows after a resume than before it")

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from flame.data import blocks
+from flame.data.blocks import Blocks
 from flame.data.cache import Access
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
-from flame.data.plan import DataPlan, largest_divisor
+from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.sample import sample_texts
 from flame.data.sources import Source, open_source
+from flame.data.streams import SourceReader
 from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
 from flame.errors import DataError, RecipeError
 
-FORMAT_VERSION = 1  # of the order of the rows: another version is another stream
+FORMAT_VERSION = 2  # of the order of the rows: another version is another stream
 CHECKED_CHARACTERS = 1_000_000  # of the recipe's own, on which a faster tokenizer must give equal ids
 FIRST_RECORDS = 1000  # of a source, before a share of bad records says anything
 
@@ -35,6 +37,10 @@ class Catalog:
     tokenizer_identity: dict[str, Any]
     vocab_size: int  # the tokenizer's largest id + 1
     tokenizer_backend: str = "tokenizers"
+    joined: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    # by source and file: the first epoch of files that joined while the source was read
+    generations: dict[str, list[tuple[int, Blocks]]] = field(default_factory=dict[str, Any])
+    # of those sources: their blocks from an epoch on
 
     @property
     def notes(self) -> list[str]:
@@ -44,6 +50,14 @@ class Catalog:
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer, opened. Raises DataError."""
         return load_tokenizer(self.tokenizer_path, self.bos, self.tokenizer_backend)
+
+
+def open_readers(catalog: Catalog, plan: DataPlan) -> list[SourceReader]:
+    """A reader for each source."""
+    return [
+        SourceReader(source, plan, max_epochs, catalog.generations.get(source.name, ()))
+        for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
+    ]
 
 
 def open_catalog(
@@ -100,7 +114,7 @@ def _check_lanes(source: Source, plan: DataPlan) -> None:
     if count >= plan.lanes:
         return
     what = "documents" if source.blocks.each_document else "blocks"
-    works = largest_divisor(plan.rows_per_step, count)
+    works = largest_divisor(math.gcd(*(stage.rows_per_step for stage in plan.stages)), count)
     raise DataError(
         f'source "{source.name}": {source.files[0].path}: {count} {what} are too few for '
         f"{plan.lanes} lanes; set data.lanes = {works} (the largest that works) or add documents"
@@ -115,11 +129,9 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "seed": plan.seed,
-        "sequence_length": plan.sequence_length,
-        "rows_per_step": plan.rows_per_step,
         "lanes": plan.lanes,
-        "window_steps": plan.window_steps,
-        "max_document_length": plan.max_document_length,
+        "stages": [stage_print(stage, [source.name for source in catalog.sources]) for stage in plan.stages],
+        "at_source_end": "stop" if plan.stops_at_source_end else "redistribute",
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
         "packing": "best fit decreasing",
@@ -127,13 +139,30 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "sources": [
             {
                 "name": source.name,
-                "weight": source.weight,
+                "max_epochs": max_epochs,
                 "format": source.format,
                 "text": source.field,
-                "files": [{"name": file.name, "size": file.size, "hash": file.hash} for file in source.files],
+                "files": [
+                    {"name": file.name, "size": file.size, "hash": file.hash}
+                    | ({"first_epoch": joined[file.name]} if file.name in joined else {})
+                    for file in source.files
+                ],
             }
-            for source in catalog.sources
+            for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
+            for joined in [catalog.joined.get(source.name, {})]
         ],
+    }
+
+
+def stage_print(stage: Stage, sources: list[str]) -> dict[str, Any]:
+    """A stage's part of the fingerprint."""
+    return {
+        "first_step": stage.first_step,
+        "sequence_length": stage.sequence_length,
+        "rows_per_step": stage.rows_per_step,
+        "window_steps": stage.window_steps,
+        "max_document_length": stage.max_document_length,
+        "weights": dict(zip(sources, stage.weights, strict=True)),
     }
 
 

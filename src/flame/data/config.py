@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
-from flame.schema import parse_count, parse_strings, setting
+from flame.schema import Duration, parse_count, parse_duration, parse_strings, setting
+
+
+def parse_weights(raw: Any) -> dict[str, float]:
+    """A table of numbers by source name."""
+    table = cast("dict[str, Any]", raw) if isinstance(raw, dict) else {}
+    numbers = {name: w for name, w in table.items() if isinstance(w, (int, float)) and w is not True}
+    if not numbers or len(numbers) != len(table):
+        raise ValueError("a weight for each named source, such as { web = 0.5, code = 0.5 }")
+    return {name: float(weight) for name, weight in numbers.items()}
+
 
 BYTES = "bytes"  # as tokenizer.path: no file; 256 bytes and EOS
 BACKENDS = ("tokenizers", "gigatoken", "fastokens")
@@ -54,6 +65,39 @@ class SourceConfig:
     split: str | None = setting(
         None, help="the split of a dataset; left out: train, or the only one that was saved", identity=False
     )
+    max_epochs: int | None = setting(
+        None,
+        help="the source ends when each of its documents was trained this many times; left out: never",
+        identity=True,
+        parse=parse_count,
+    )
+
+
+@dataclass
+class PhaseConfig:
+    at: Duration = setting(
+        help="since the run began; the phase begins with the first window at or past it",
+        identity=True,
+        parse=parse_duration("steps", "tokens"),
+    )
+    weights: dict[str, float] | None = setting(
+        None,
+        help="new weights by source name; a source that is not named keeps its weight",
+        identity=True,
+        parse=parse_weights,
+    )
+    sequence_length: int | None = setting(
+        None, help="tokens in a row from here on", identity=True, parse=parse_count
+    )
+    tokens_per_step: int | None = setting(
+        None, help="tokens in one optimizer step from here on", identity=True, parse=parse_count
+    )
+    max_document_length: int | None = setting(
+        None,
+        help="longer documents are trained in pieces of this many tokens from here on",
+        identity=True,
+        parse=parse_count,
+    )
 
 
 @dataclass
@@ -69,7 +113,7 @@ class DataConfig:
     lanes: int | None = setting(
         None,
         help="independent streams that make up the order of rows; left out: the largest divisor of the "
-        "rows per step up to 32",
+        "rows per step (of all phases) up to 32",
         identity=True,
         parse=parse_count,
     )
@@ -100,4 +144,21 @@ class DataConfig:
         False,
         help="count and name compressed blocks that cannot be decoded, and go on; else they stop the run",
         identity=False,
+    )
+    accept_changed_sources: bool = setting(
+        False,
+        help="go on although files are new, gone or changed since the run began; an event records which",
+        identity=False,
+    )
+    at_source_end: str = setting(
+        "redistribute",
+        help="when a source has reached its max_epochs in a lane: redistribute its share to the lane's other "
+        "sources, or stop the lane; the run ends with its last lane",
+        identity=True,
+        choices=("redistribute", "stop"),
+    )
+    phases: list[PhaseConfig] = setting(
+        [],
+        help="[[data.phases]] tables, in order: settings that hold later; what is not named stays",
+        identity=True,
     )

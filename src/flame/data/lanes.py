@@ -12,12 +12,14 @@ from flame.batch import Segment, Skip
 from flame.data import blocks
 from flame.data.mixture import next_source
 from flame.data.packing import Piece, pack
-from flame.data.plan import DataPlan
+from flame.data.plan import DataPlan, Stage
 from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
 from flame.data.tokens import PartsEncoder
 from flame.errors import DataError
 
-LANE_COLUMNS = ("window", "row", "window_hash")  # then CURSOR for each source
+LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
+UNKNOWN = 0  # the hash of a window whose files have changed by permission
+RECORDS, SKIPPED = (CURSOR.index(name) - len(CURSOR) for name in ("records", "skipped"))
 
 
 def state_columns(sources: Sequence[str]) -> list[str]:
@@ -27,12 +29,11 @@ def state_columns(sources: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row of a lane."""
+    """One row of a lane; its segments are all of it, unless it is the lane's last row: padding follows."""
 
     tokens: np.ndarray  # int32 [L]
     segments: tuple[Segment, ...]
-    documents: int  # segments that begin a document
-    cut: int  # segments that end before their document, or its piece, does
+    sources: np.ndarray  # int64 [sources, 3]: as in flame.batch.StepRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,9 @@ class Window:
     """The packed rows of a lane's window and what it took from the sources."""
 
     index: int
-    rows: tuple[PackedRow, ...]
+    size: int  # rows that the window has room for
+    rows: tuple[PackedRow, ...]  # fewer where the lane ends
+    ended: bool  # whether the lane had ended before
     start: tuple[Cursor, ...]  # of each source
     records: np.ndarray  # int64 [sources, 2]: records passed (the skipped ones included), and skipped
     skips: tuple[Skip, ...]
@@ -48,13 +51,16 @@ class Window:
     end: tuple[int, ...]  # the lane's row of the data state when all rows are used
 
     def state(self, row: int) -> list[int]:
-        """The lane's row of the data state when `row` rows of this window are used: some, but not all (then
-        it is `end`)."""
-        values = [self.index, row, self.hash]
+        """The lane's row of the data state when `row` rows of this window are used; at 0 it is not begun."""
+        if row == self.size:
+            return list(self.end)
+        values = [self.index, row, self.hash if row else 0, int(self.ended)]
         for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
             values += cursor.values()
-            values[-2] += records  # what a begun window passed has been reported
-            values[-1] += skipped
+            if row:  # what a begun window passed has been reported
+                values[-1] = self.end[len(values) - 1]
+                values[RECORDS] += records
+                values[SKIPPED] += skipped
         return values
 
 
@@ -71,8 +77,8 @@ class Lane:
     ) -> None:
         """`state`: this lane's row of a data state; None: a fresh run."""
         self.plan, self.lane = plan, lane
-        self.window_index, self._row, self._hash = (0, 0, 0) if state is None else state[:3]
-        self._weights = [reader.source.weight for reader in readers]
+        self.window_index, self._row, self._hash, ended = (0, 0, 0, 0) if state is None else state[:4]
+        self._ended = bool(ended)
         self._streams: list[Stream] = []
         for i, reader in enumerate(readers):
             first = len(LANE_COLUMNS) + i * len(CURSOR)
@@ -81,15 +87,14 @@ class Lane:
 
     def next_window(self) -> Window:
         """The next window, packed. The first after a resume must be the one that the state saw."""
+        self._begin_phase()
         start = tuple(Cursor(*stream.cursor.values()) for stream in self._streams)
-        rows = self.plan.steps_in_window(self.window_index) * self.plan.lane_rows
-        documents, pieces, records, skips = self._fill(rows)
-        names = [self._streams[source].reader.document_id(document) for source, document in documents]
-        packed = pack(pieces, self.plan.sequence_length, rows)
-        order = blocks.shuffled(
-            rows, blocks.mix(self.plan.seed, self.lane, self.window_index), blocks.name_key("rows")
-        )
-        made = tuple(self._row_of(packed[i], documents, names) for i in order.tolist())
+        index, ended = self.window_index, self._ended
+        stage = self.plan.stage_of(index)
+        size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
+        was_cut = [bool(cursor.cut) for cursor in start]
+        documents, pieces, records, skips = self._fill(stage, size)
+        made = self._rows(stage, size, documents, pieces, was_cut)
         digest = hashlib.blake2b(digest_size=8)
         for row in made:
             digest.update(row.tokens.data)
@@ -101,38 +106,44 @@ class Lane:
                     cursor.records -= passed  # the state had counted them already
                     cursor.skipped -= skipped
             self._row = 0
-        index, self.window_index = self.window_index, self.window_index + 1
-        return Window(index, made, start, records, skips, window_hash, tuple(self.state()))
-
-    def skip_window(self) -> None:
-        """Pass over the next window without building it."""
-        self._fill(self.plan.steps_in_window(self.window_index) * self.plan.lane_rows)
         self.window_index += 1
+        return Window(index, size, made, ended, start, records, skips, window_hash, tuple(self.state()))
 
     def state(self) -> list[int]:
         """This lane's row of the data state before its next window."""
-        values = [self.window_index, 0, 0]
+        values = [self.window_index, 0, 0, int(self._ended)]
         for stream in self._streams:
             values += stream.cursor.values()
         return values
 
+    def _begin_phase(self) -> None:
+        """The counters that choose the source start at zero where a phase begins."""
+        if self.plan.begins_stage(self.window_index):
+            for stream in self._streams:
+                stream.cursor.phase_tokens = 0
+
     def _fill(
-        self, rows: int
+        self, stage: Stage, rows: int
     ) -> tuple[list[tuple[int, Document]], list[Piece], np.ndarray, tuple[Skip, ...]]:
-        """Exactly the window's tokens, turn by turn: the documents as (source, document), their pieces,
-        the records and the skips."""
-        length, most = self.plan.sequence_length, self.plan.max_document_length
+        """Exactly the window's tokens, or all that are left, turn by turn: the documents as (source,
+        document), their pieces, the records and the skips."""
+        length, most = stage.sequence_length, stage.max_document_length
         before = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
         given = [stream.cursor.phase_tokens for stream in self._streams]
-        share = [weight / sum(self._weights) for weight in self._weights]
+        weights = [0.0 if s.ended else w for s, w in zip(self._streams, stage.weights, strict=True)]
         documents: list[tuple[int, Document]] = []
         numbers: dict[int, int] = {}  # of the documents, by identity
         pieces: list[Piece] = []
         need = rows * length
-        while need:
-            source = next_source(given, self._weights, length)
+        self._ended = self._ended or not any(weights)
+        while need and not self._ended:
+            source = next_source(given, weights, length)
             stream = self._streams[source]
-            document = stream.document(int(need * share[source]) + length)
+            document = stream.document(int(need * weights[source] / sum(weights)) + length)
+            if document is None:
+                weights[source] = 0.0
+                self._ended = self.plan.stops_at_source_end or not any(weights)
+                continue
             number = numbers.setdefault(id(document), len(documents))
             if number == len(documents):
                 documents.append((source, document))
@@ -158,24 +169,73 @@ class Lane:
             tuple(skips),
         )
 
+    def _rows(
+        self,
+        stage: Stage,
+        size: int,
+        documents: list[tuple[int, Document]],
+        pieces: list[Piece],
+        was_cut: list[bool],
+    ) -> tuple[PackedRow, ...]:
+        """The pieces as rows in their final order; a row with padding is the last. `was_cut`: of each
+        source's first document."""
+        length, tokens = stage.sequence_length, sum(piece.length for piece in pieces)
+        rows = min(size, -(-tokens // length))
+        padding = rows * length - tokens
+        packed = pack(pieces, length, rows, padding)
+        key = blocks.mix(self.plan.seed, self.lane, self.window_index)
+        order = blocks.shuffled(rows - bool(padding), key, blocks.name_key("rows")).tolist()
+        if padding:
+            order.append(rows - 1)
+        cuts = self._count_cuts(stage, documents, packed, was_cut)
+        return tuple(self._row_of(stage, packed[i], documents, cuts) for i in order)
+
+    def _count_cuts(
+        self,
+        stage: Stage,
+        documents: list[tuple[int, Document]],
+        packed: list[list[Piece]],
+        was_cut: list[bool],
+    ) -> dict[int, int]:
+        """The documents that are cut here for the first time, and at which offset the segment begins that
+        ends too early. Notes at each cursor whether its document has been cut."""
+        most = stage.max_document_length
+        cuts: dict[int, int] = {}
+        for number, offset, length in (piece for row in packed for piece in row):
+            if offset + length < min(len(documents[number][1].tokens), (offset // most + 1) * most):
+                cuts[number] = min(offset, cuts.get(number, offset))
+        numbers = {source: number for number, (source, _) in enumerate(documents)}  # each source's last
+        for source, number in numbers.items():
+            cursor = self._streams[source].cursor
+            cursor.cut |= int(cursor.offset > 0 and number in cuts)
+        first = {source: number for number, (source, _) in reversed(list(enumerate(documents)))}
+        for source, number in first.items():
+            if was_cut[source]:
+                cuts.pop(number, None)
+        return cuts
+
     def _row_of(
-        self, pieces: list[Piece], documents: list[tuple[int, Document]], names: list[str]
+        self,
+        stage: Stage,
+        pieces: list[Piece],
+        documents: list[tuple[int, Document]],
+        cuts: dict[int, int],
     ) -> PackedRow:
-        most = self.plan.max_document_length
         segments: list[Segment] = []
-        begun = cut = 0
+        counts = np.zeros((len(self._streams), 3), dtype=np.int64)
         for number, offset, length in pieces:
             source, document = documents[number]
-            source_name = self._streams[source].reader.source.name
-            segments.append(Segment(source_name, document.epoch, names[number], offset, length))
-            begun += offset == 0
-            cut += offset + length < min(len(document.tokens), (offset // most + 1) * most)
+            reader = self._streams[source].reader
+            name = reader.document_id(document)
+            segments.append(Segment(reader.source.name, document.epoch, name, offset, length))
+            counts[source] += (length, offset == 0, cuts.get(number) == offset)
         parts = [documents[n][1].tokens[offset : offset + length] for n, offset, length in pieces]
-        return PackedRow(np.concatenate(parts), tuple(segments), begun, cut)
+        padding = np.zeros(stage.sequence_length - sum(map(len, parts)), dtype=np.int32)
+        return PackedRow(np.concatenate([*parts, padding]), tuple(segments), counts)
 
     def _check_resumed(self, found: int, documents: list[tuple[int, Document]]) -> None:
         """The open window of a resume must hold the tokens that it held when the state was taken."""
-        if found == self._hash:
+        if self._hash in (found, UNKNOWN):
             return
         readers = ((self._streams[source].reader, document) for source, document in documents)
         files = list(dict.fromkeys(str(r.source.files[document.file].path) for r, document in readers))

@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -14,16 +14,24 @@ import numpy as np
 import torch
 
 from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
-from flame.data.catalog import Catalog
-from flame.data.lanes import LANE_COLUMNS, Lane, PackedRow, Window, state_columns
-from flame.data.plan import DataPlan
+from flame.data.catalog import Catalog, open_readers
+from flame.data.lanes import Lane, PackedRow, Window, state_columns
+from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
-from flame.data.streams import SourceReader
 from flame.data.tokens import PartsEncoder
 from flame.errors import DataError, RecipeError
 
-ROW_COLUMN = LANE_COLUMNS.index("row")
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
+
+
+class Share:
+    """A rank's part of the steps of one stage."""
+
+    def __init__(self, micro_batch_rows: int, places: list[int], most_places: list[int]) -> None:
+        """`most_places`: of the rank that has the most; all ranks have as many micro-batches."""
+        self.micro_batch_rows = micro_batch_rows
+        self.places = places  # in a step, 0 to B - 1
+        self.micro_batches = -(-len(most_places) // micro_batch_rows)
 
 
 class Loader:
@@ -36,33 +44,42 @@ class Loader:
         plan: DataPlan,
         rank: int,
         world: int,
-        micro_batch_rows: int,
+        micro_batch_rows: int | Sequence[int],
         state: DataState | None = None,
         prefetch: bool = True,
         tokenizer: PartsEncoder | None = None,
     ) -> None:
-        """`state`: go on after it (its fingerprint is the caller's to compare). `prefetch`: read one
-        window ahead in a thread. `tokenizer`: in place of the catalog's own. Raises RecipeError where
-        `world` is too large, DataError where the state is of other data."""
+        """`micro_batch_rows`: for all stages of the plan, or one for each. `state`: go on after it (its
+        fingerprint is the caller's to compare). `prefetch`: read one window ahead in a thread. `tokenizer`:
+        in place of the catalog's own. Raises RecipeError where `world` is too large, DataError where the
+        state is of other data."""
         check_world(plan, world)
         self.columns = state_columns([source.name for source in catalog.sources])
-        self._catalog, self._plan, self._rank, self._world = catalog, plan, rank, world
-        self._micro_batch_rows = micro_batch_rows
-        self._places = rows_of_rank(plan, rank, world)
-        self._micro_batches = -(-len(rows_of_rank(plan, 0, world)) // micro_batch_rows)
+        self._catalog, self._plan = catalog, plan
+        sizes = (
+            [micro_batch_rows] * len(plan.stages) if isinstance(micro_batch_rows, int) else micro_batch_rows
+        )
+        self._shares = [
+            Share(size, rows_of_rank(plan, stage, rank, world), rows_of_rank(plan, stage, 0, world))
+            for size, stage in zip(sizes, plan.stages, strict=True)
+        ]
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
         tokenizer = catalog.load_tokenizer() if tokenizer is None else tokenizer
-        readers = [SourceReader(source, plan) for source in catalog.sources]
+        readers = open_readers(catalog, plan)
+        current = plan.stage_number(plan.window_at(self._first_step)[0])
+        wanted = {place % plan.lanes for share in self._shares[current:] for place in share.places}
         self._lanes = {
             lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
-            for lane in sorted({place % plan.lanes for place in self._places})
+            for lane in sorted(wanted)
         }
         self._owned = [lane for lane in self._lanes if lane % world == rank]
         self.state_seconds = 0.0  # spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(plan.window_steps)
+        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(
+            max(stage.window_steps for stage in plan.stages)
+        )
         self._steps = self._produce()
         self._thread: threading.Thread | None = None
         if prefetch:
@@ -70,7 +87,8 @@ class Loader:
             self._thread.start()
 
     def next_step(self) -> StepRows:
-        """The rows of the next step. Raises DataError when data cannot be read, now and ever after."""
+        """The rows of the next step; when this rank's lanes have ended, filler and nothing else, ever
+        after. Raises DataError when data cannot be read, now and ever after."""
         if self._error is not None:
             raise self._error
         if self._closed.is_set():
@@ -135,6 +153,8 @@ class Loader:
         plan, next_step = self._plan, self._first_step
         while True:
             index, start = plan.window_at(next_step)
+            share = self._shares[plan.stage_number(index)]
+            needed = {place % plan.lanes for place in share.places}
             windows: dict[int, Window] = {}
             for number, lane in self._lanes.items():
                 if self._closed.is_set():
@@ -144,71 +164,57 @@ class Loader:
                         f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
                         f"is in window {lane.window_index}; resume from another checkpoint"
                     )
-                windows[number] = lane.next_window()
-            end, states = start + plan.steps_in_window(index), self._states(windows)
+                window = lane.next_window()
+                if number in needed:  # else in another stage
+                    windows[number] = window
+            end = start + plan.steps_in_window(index)
             for step in range(next_step, end):
-                yield self._assemble(step, step - start, windows, states)
+                yield self._assemble(share, step, step - start, windows)
             next_step = end
 
-    def _assemble(
-        self,
-        step: int,
-        step_in_window: int,
-        windows: dict[int, Window],
-        states: tuple[np.ndarray, np.ndarray],
-    ) -> StepRows:
-        plan, used = self._plan, step_in_window * self._plan.lane_rows
-        rows_of_lane = plan.steps_in_window(plan.window_at(step)[0]) * plan.lane_rows
-        first = step * plan.rows_per_step
-        packed = [windows[place % plan.lanes].rows[used + place // plan.lanes] for place in self._places]
-        rows = [
-            Row(first + place, row.tokens, row.segments)
-            for place, row in zip(self._places, packed, strict=True)
-        ]
-        filler = Row(-1, np.zeros(plan.sequence_length, dtype=np.int32), ())
-        size = self._micro_batch_rows
-        rows += [filler] * (self._micro_batches * size - len(rows))
+    def _assemble(self, share: Share, step: int, step_in_window: int, windows: dict[int, Window]) -> StepRows:
+        plan = self._plan
+        index = next(iter(windows.values())).index
+        lane_rows, first = plan.lane_rows(index), plan.first_row(step)
+        used = step_in_window * lane_rows
+        rows: list[Row] = []
+        packed: list[PackedRow] = []
+        for place in share.places:
+            window, number = windows[place % plan.lanes], used + place // plan.lanes
+            if number < len(window.rows):  # else the lane has ended
+                packed.append(window.rows[number])
+                rows.append(Row(first + place, packed[-1].tokens, packed[-1].segments))
+        filler = Row(-1, np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32), ())
+        size = share.micro_batch_rows
+        rows += [filler] * (share.micro_batches * size - len(rows))
+        begun = time.perf_counter()
+        state = np.zeros((plan.lanes, len(self.columns)), dtype=np.int64)
+        for lane in self._owned:
+            state[lane] = windows[lane].state(used + lane_rows)
+        self.state_seconds += time.perf_counter() - begun
         records = np.zeros((len(self._catalog.sources), 2), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
             for lane in self._owned:
                 records += windows[lane].records
                 skips += windows[lane].skips
+        sources = sum((row.sources for row in packed), np.zeros((len(records), 3), dtype=np.int64))
+        epochs = [[cursor.epoch for cursor in window.start] for window in windows.values()]
         return StepRows(
             step=step,
             rows=tuple(rows),
             micro_batches=tuple(make_batch(rows[i : i + size]) for i in range(0, len(rows), size)),
-            counts=_counts(rows, packed),
+            counts=_counts(rows, sources),
             records=records,
             skips=tuple(skips),
-            epoch=self._epoch(windows),
-            state=self._state(states, used + plan.lane_rows, rows_of_lane),
+            sources=sources,
+            epoch=self._epoch(plan.stage_of(index).weights, windows),
+            epochs=np.array(epochs, dtype=np.int64).min(axis=0),
+            state=state,
             wait_seconds=0.0,
         )
 
-    def _states(self, windows: dict[int, Window]) -> tuple[np.ndarray, np.ndarray]:
-        """The data state in the middle of these windows, but for the rows used, and at their end."""
-        begun = time.perf_counter()
-        middle, end = (np.zeros((self._plan.lanes, len(self.columns)), dtype=np.int64) for _ in range(2))
-        for lane in self._owned:
-            middle[lane], end[lane] = windows[lane].state(1), windows[lane].end
-        self.state_seconds += time.perf_counter() - begun
-        return middle, end
-
-    def _state(self, states: tuple[np.ndarray, np.ndarray], used: int, rows: int) -> np.ndarray:
-        """After `used` of a window's `rows` rows of a lane."""
-        begun = time.perf_counter()
-        middle, end = states
-        if used == rows:
-            state = end
-        else:
-            state = middle.copy()
-            state[self._owned, ROW_COLUMN] = used
-        self.state_seconds += time.perf_counter() - begun
-        return state
-
-    def _epoch(self, windows: dict[int, Window]) -> int:
-        weights = [source.weight for source in self._catalog.sources]
+    def _epoch(self, weights: Sequence[float], windows: dict[int, Window]) -> int:
         return min(
             cursor.epoch
             for window in windows.values()
@@ -222,32 +228,39 @@ class Loader:
 
 def check_world(plan: DataPlan, world: int) -> None:
     """Refuse more data-parallel ranks than rows. Raises RecipeError."""
-    if world > plan.rows_per_step:
+    fewest = min(plan.stages, key=lambda stage: stage.rows_per_step)
+    if world > fewest.rows_per_step:
         raise RecipeError(
-            f"{world} data-parallel ranks are too many for {plan.rows_per_step} rows a step: use at most "
-            f"{plan.rows_per_step}, or set batch.tokens_per_step to at least {world * plan.sequence_length}"
+            f"{world} data-parallel ranks are too many for {fewest.rows_per_step} rows a step: use at most "
+            f"{fewest.rows_per_step}, or set batch.tokens_per_step to at least "
+            f"{world * fewest.sequence_length}"
         )
 
 
-def rows_of_rank(plan: DataPlan, rank: int, world: int) -> list[int]:
-    """The places in a step, 0 to B - 1, whose rows come to a rank. Rank 0 has the most."""
-    groups = plan.lanes if world <= plan.lanes else plan.rows_per_step
-    return [place for place in range(plan.rows_per_step) if place % groups % world == rank]
+def rows_of_rank(plan: DataPlan, stage: Stage, rank: int, world: int) -> list[int]:
+    """The places in a step of a stage, 0 to B - 1, whose rows come to a rank. Rank 0 has the most."""
+    groups = plan.lanes if world <= plan.lanes else stage.rows_per_step
+    return [place for place in range(stage.rows_per_step) if place % groups % world == rank]
 
 
 def make_batch(rows: list[Row]) -> Batch:
-    """A micro-batch of b rows, filler among them (one segment, no labels)."""
+    """A micro-batch of b rows; filler and the padding of a row are a segment each, without labels."""
     tokens = np.stack([row.tokens for row in rows]).astype(np.int64)
     length = tokens.shape[1]
-    lengths = np.array(
-        [n for row in rows for n in ([s.length for s in row.segments] or [length])], dtype=np.int64
-    )
+    listed: list[int] = []
+    real = np.zeros(len(rows), dtype=np.int64)  # tokens of each row that are no padding
+    for i, row in enumerate(rows):
+        listed += [segment.length for segment in row.segments]
+        real[i] = sum(segment.length for segment in row.segments)
+        if real[i] < length:
+            listed.append(length - int(real[i]))
+    lengths = np.array(listed, dtype=np.int64)
     ends = np.cumsum(lengths)
     labels = np.empty(tokens.size, dtype=np.int64)
     labels[:-1] = tokens.reshape(-1)[1:]
     labels[ends - 1] = IGNORED
     labels = labels.reshape(tokens.shape)
-    labels[[not row.segments for row in rows]] = IGNORED
+    labels[np.arange(length) >= real[:, None]] = IGNORED
     positions = np.arange(tokens.size, dtype=np.int64) - np.repeat(ends - lengths, lengths)
     return Batch(
         tokens=torch.from_numpy(tokens),
@@ -259,7 +272,7 @@ def make_batch(rows: list[Row]) -> Batch:
     )
 
 
-def _counts(rows: list[Row], packed: list[PackedRow]) -> Counts:
+def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     real = [row for row in rows if row.segments]
     lengths = np.array([s.length for row in real for s in row.segments], dtype=np.int64)
     digest = 0
@@ -270,8 +283,8 @@ def _counts(rows: list[Row], packed: list[PackedRow]) -> Counts:
     return Counts(
         tokens=int(lengths.sum()),
         predicted=int((lengths - 1).sum()),
-        documents=sum(row.documents for row in packed),
-        cut=sum(row.cut for row in packed),
+        documents=int(sources[:, 1].sum()),
+        cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
         digest=(digest + 2**63) % 2**64 - 2**63,
     )

@@ -12,7 +12,7 @@ def next_source(given: Sequence[int], weights: Sequence[float], turn_tokens: int
     (Tijdeman's chairman assignment). Every source then stays within `turn_tokens` of its share at all
     times, with any number of sources; the smallest given / weight alone keeps that for two only.
     """
-    tokens, total = sum(given), sum(weights)
+    tokens, total = sum(g for g, weight in zip(given, weights, strict=True) if weight > 0), sum(weights)
     best, best_key = -1, (True, float("inf"))
     for i, weight in enumerate(weights):
         if weight > 0:

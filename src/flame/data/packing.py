@@ -15,14 +15,17 @@ class Piece(NamedTuple):
     length: int
 
 
-def pack(pieces: list[Piece], row_length: int, rows: int) -> list[list[Piece]]:
-    """`rows` rows of exactly `row_length` tokens from pieces that total rows * row_length.
+def pack(pieces: list[Piece], row_length: int, rows: int, padding: int = 0) -> list[list[Piece]]:
+    """`rows` rows of exactly `row_length` tokens from pieces that total rows * row_length, but for the
+    last row, which has room for `padding` tokens less.
 
     Best fit decreasing: the longest piece first, into the fullest row that still holds it. What fits
     nowhere is cut to fill the emptiest row, and the rest goes on as a piece of its own.
     """
     packed: list[list[Piece]] = [[] for _ in range(rows)]
     rooms = [(row_length, row) for row in range(rows)]  # sorted: (tokens free, row)
+    if padding:
+        rooms.insert(0, (row_length - padding, rooms.pop()[1]))
     for document, offset, length in sorted(pieces, key=itemgetter(2), reverse=True):
         while length:
             place = bisect.bisect_left(rooms, (length, -1))

@@ -7,18 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from flame.batch import Row
-from flame.data.catalog import Catalog, fingerprint
+from flame.data.catalog import Catalog, fingerprint, open_readers
 from flame.data.lanes import Lane, state_columns
 from flame.data.loader import Loader, check_world
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.streams import SourceReader
 
 
 def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Iterator[list[Row]]:
     """The rows of each step in global order, through `world` loaders one after another in this process.
 
-    Windows before the first step are passed over without building them. Raises what the loader raises.
+    Windows before the first step are read, too. Raises what the loader raises.
     """
     check_world(plan, world)
     if not steps:
@@ -34,11 +33,11 @@ def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Itera
 def state_at_window(catalog: Catalog, plan: DataPlan, window: int) -> DataState:
     """The data state at the beginning of a window of a fresh run."""
     tokenizer = catalog.load_tokenizer()
-    readers = [SourceReader(source, plan) for source in catalog.sources]
+    readers = open_readers(catalog, plan)
     lanes = [Lane(plan, readers, tokenizer, lane) for lane in range(plan.lanes)]
     for lane in lanes:
         for _ in range(window):
-            lane.skip_window()
+            lane.next_window()
     columns = state_columns([source.name for source in catalog.sources])
     states = np.array([lane.state() for lane in lanes], dtype=np.int64)
     step = sum(plan.steps_in_window(w) for w in range(window))

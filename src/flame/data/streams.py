@@ -1,9 +1,9 @@
-"""A stream: the endless documents of one source in one lane, in order, from any cursor on."""
+"""A stream: the documents of one source in one lane, epoch after epoch, in order, from any cursor on."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
@@ -12,13 +12,25 @@ import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
+from flame.data.blocks import Blocks
 from flame.data.formats import Bad, Format, text_of
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
 from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
-CURSOR = ("epoch", "group", "document", "offset", "tokens", "phase_tokens", "records", "skipped")
+CURSOR = (
+    "epoch",
+    "group",
+    "document",
+    "offset",
+    "tokens",
+    "phase_tokens",
+    "records",
+    "skipped",
+    "cut",
+    "begun",
+)
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
@@ -38,6 +50,8 @@ class Cursor:
     phase_tokens: int = 0  # given since the weights last changed
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
+    cut: int = 0  # 1 where the document here has been cut already
+    begun: int = 0  # the last epoch that was begun, at the end of the window that is open
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -66,20 +80,32 @@ class Exhausted:
 class SourceReader:
     """What all lanes of a rank share of a source: its open files and its keys."""
 
-    def __init__(self, source: Source, plan: DataPlan) -> None:
-        self.source, self.plan = source, plan
+    def __init__(
+        self,
+        source: Source,
+        plan: DataPlan,
+        max_epochs: int | None = None,
+        generations: Sequence[tuple[int, Blocks]] = (),
+    ) -> None:
+        """`generations`: (first epoch, blocks), where files joined the source while it was read."""
+        self.source, self.plan, self.max_epochs = source, plan, max_epochs
+        self._generations = generations or [(0, source.blocks)]
         self.format: Format = source.open()
         self.key = blocks.name_key(source.name)
+
+    def blocks(self, epoch: int) -> Blocks:
+        """The blocks that the source has in an epoch."""
+        return next(cut for first, cut in reversed(self._generations) if first <= epoch)
 
     def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
         """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
         positions = lane + np.arange(first, first + count, dtype=np.int64) * self.plan.lanes
         key = blocks.mix(self.plan.seed, epoch, self.key)
-        return blocks.feistel(positions, len(self.source.blocks), key)
+        return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
+    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.source.blocks, list[tuple[int, int, bytes | Bad | None]]()
+        cut, found = self.blocks(epoch), list[tuple[int, int, bytes | Bad | None]]()
         where = zip(
             cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
         )
@@ -88,9 +114,9 @@ class SourceReader:
             found += [(file, position, content) for position, content in read]
         return found
 
-    def expect(self, group: np.ndarray) -> None:
+    def expect(self, epoch: int, group: np.ndarray) -> None:
         """Some blocks will be read soon."""
-        cut = self.source.blocks
+        cut = self.blocks(epoch)
         for block in group:
             self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
 
@@ -118,22 +144,33 @@ class Stream:
         self._ahead: deque[Document | Exhausted] = deque()
         self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
 
-    def document(self, expected_tokens: int) -> Document:
+    @property
+    def ended(self) -> bool:
+        """Whether the source has given all that it has for this lane."""
+        return self.reader.max_epochs is not None and self.cursor.epoch >= self.reader.max_epochs
+
+    def document(self, expected_tokens: int) -> Document | None:
         """The document at the cursor, tokenized; records without text are passed over on the way.
 
-        `expected_tokens`: about as many will be asked for soon; it only sizes what is tokenized at once.
-        Raises DataError where nothing of the source is text.
+        None where `max_epochs` are over. `expected_tokens`: about as many will be asked for soon; it only
+        sizes what is tokenized at once. Raises DataError where nothing of the source is text.
         """
         while True:
             if not self._ahead:
                 self._tokenize(expected_tokens)
-            head, at = self._ahead[0], self.cursor
+            at = self.cursor
+            if not self._ahead:
+                assert self.reader.max_epochs is not None
+                at.epoch, at.group, at.document = self.reader.max_epochs, 0, 0
+                return None
+            head = self._ahead[0]
             if isinstance(head, Exhausted):
                 raise DataError(
                     f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
                     f"source holds and found no text in any of them{self._last_reason()}"
                 )
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
+            at.begun = at.epoch
             if len(head.tokens):
                 return head
             if isinstance(head.text, Bad):
@@ -155,7 +192,7 @@ class Stream:
         self._ahead.popleft()
         self.cursor.records += head.ends_record
         self.cursor.document = head.number + 1
-        self.cursor.offset = 0
+        self.cursor.offset = self.cursor.cut = 0
 
     def _last_reason(self) -> str:
         if not self.skips:
@@ -164,7 +201,8 @@ class Stream:
         return f"; the last: {last.file}, {last.place}: {last.reason}"
 
     def _tokenize(self, expected_tokens: int) -> None:
-        """Append the next documents, at least one: about as many tokens as are expected."""
+        """Append the next documents, at least one unless there is none: about as many tokens as are
+        expected."""
         wanted = min(BATCH_BYTES, expected_tokens * BYTES_PER_TOKEN)
         taken: list[Document] = []
         length = 0
@@ -184,8 +222,7 @@ class Stream:
     # ------------------------------------------------------------------------------ the order
 
     def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
-        """All documents from a place on, without end. `skipped` documents of the first group are passed."""
-        whole = self.reader.source.blocks.all_units
+        """All documents from a place on. `skipped` documents of the first group are passed."""
         barren = 0  # units of groups in a row that hold no text
         for epoch, group, chosen in self._groups(first_epoch, first_group):
             text = skipped > 0
@@ -193,28 +230,28 @@ class Stream:
                 text = text or isinstance(document.text, str)
                 yield document
             skipped = 0
-            barren = 0 if text else barren + self.reader.source.blocks.units(chosen)
-            if barren >= whole:
+            held = self.reader.blocks(epoch)
+            barren = 0 if text else barren + held.units(chosen)
+            if barren >= held.all_units:
                 yield Exhausted()
 
     def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, group, its blocks) from a place on, without end."""
-        plan, source = self.reader.plan, self.reader.source
-        size = plan.group_blocks
-        positions = blocks.positions_of_lane(len(source.blocks), self.lane, plan.lanes)
-        while True:
+        """(epoch, group, its blocks) from a place on."""
+        plan, size = self.reader.plan, self.reader.plan.group_blocks
+        while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
+            positions = blocks.positions_of_lane(len(self.reader.blocks(epoch)), self.lane, plan.lanes)
             for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
                 for at in range(0, count, size):
-                    self.reader.expect(order[at + size : at + 2 * size])
+                    self.reader.expect(epoch, order[at + size : at + 2 * size])
                     yield epoch, (first + at) // size, order[at : at + size]
             epoch, group = epoch + 1, 0
 
     def _in_group(self, epoch: int, group: int, chosen: np.ndarray) -> Iterator[Document]:
         """The documents of a group, permuted; the parts of a long one stay together, in order."""
         reader = self.reader
-        records = reader.records(chosen)
+        records = reader.records(epoch, chosen)
         key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
         number = 0
         for i in blocks.shuffled(len(records), key, reader.key).tolist():

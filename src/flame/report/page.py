@@ -86,12 +86,17 @@ def key_figures(history: History, attempts: list[Attempt], timeline: Timeline) -
     steps = history.steps
     total = history.recipe.total_steps
     done = steps[-1].step if steps else 0
+    ended = any(event.name == "done" for event in history.events) or (total is not None and done >= total)
     restarts = sum(event.name == "restart" for event in history.events)
     by_hand = max(0, len(attempts) - 1 - restarts)
     figures = [
-        ("steps", f"{done:,}", f"of {total:,} ({100 * done / total:.1f} %)"),
+        (
+            "steps",
+            f"{done:,}",
+            f"of {total:,} ({100 * done / total:.1f} %)" if total else "until the data end",
+        ),
         ("tokens", big(steps[-1].tokens) if steps else "–", f"{steps[-1].tokens:,}" if steps else ""),
-        ("final loss" if done >= total else "last loss", f"{steps[-1].loss:.4f}" if steps else "–", ""),
+        ("final loss" if ended else "last loss", f"{steps[-1].loss:.4f}" if steps else "–", ""),
         ("tokens/s", big(median(r.tokens_per_second for r in steps)), "median"),
         (
             "wall time",

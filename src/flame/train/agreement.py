@@ -24,7 +24,9 @@ class Agreed:
 
     counts: Counts  # of the next step, over all ranks
     records: np.ndarray  # int64 [sources, 2]: records passed and skipped that the next step adds
+    sources: np.ndarray  # int64 [sources, 3]: tokens, documents, documents cut of the next step
     epoch: int  # the smallest over all lanes
+    epochs: np.ndarray  # int64 [sources]: the smallest over all lanes
     save: bool
     stop: bool
     failed_rank: int | None  # a rank whose data cannot be read
@@ -54,9 +56,12 @@ class Agreement:
         counts = rows.counts if rows is not None else NO_COUNTS
         records = rows.records if rows is not None else np.zeros((self._sources, 2), np.int64)
         ordered = [counts.tokens, counts.predicted, counts.documents, counts.cut, counts.attended]
-        sums = torch.tensor([*ordered, counts.digest, *records.ravel().tolist()], dtype=torch.int64)
-        epoch = rows.epoch if rows is not None else 2**31
-        maxima = torch.tensor([save, stop, (self._rank + 1) * failed, -epoch], dtype=torch.int64)
+        sources = rows.sources if rows is not None else np.zeros((self._sources, 3), np.int64)
+        by_source = [*records.ravel().tolist(), *sources.ravel().tolist()]
+        sums = torch.tensor([*ordered, counts.digest, *by_source], dtype=torch.int64)
+        epochs = [rows.epoch, *rows.epochs.tolist()] if rows is not None else [2**31] * (1 + self._sources)
+        earliest = [-epoch for epoch in epochs]
+        maxima = torch.tensor([save, stop, (self._rank + 1) * failed, *earliest], dtype=torch.int64)
         pending = [
             cast("dist.Work", dist.all_reduce(sums, group=self._group, async_op=True)),
             cast("dist.Work", dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._group, async_op=True)),
@@ -68,12 +73,15 @@ class Agreement:
         for work in proposal.pending:
             work.wait()
         sums: list[int] = proposal.sums.tolist()
-        save, stop, failed, epoch = proposal.maxima.tolist()
+        save, stop, failed, *earliest = proposal.maxima.tolist()
+        records_end = 6 + 2 * self._sources
         tokens, predicted, documents, cut, attended, digest = sums[:6]
         return Agreed(
             counts=Counts(tokens, predicted, documents, cut, attended, digest),
-            records=np.array(sums[6:], np.int64).reshape(self._sources, 2),
-            epoch=-epoch,
+            records=np.array(sums[6:records_end], np.int64).reshape(self._sources, 2),
+            sources=np.array(sums[records_end:], np.int64).reshape(self._sources, 3),
+            epoch=-earliest[0],
+            epochs=-np.array(earliest[1:], np.int64),
             save=bool(save),
             stop=bool(stop),
             failed_rank=failed - 1 if failed else None,

@@ -18,11 +18,15 @@ class RunConfig:
     directory: str = setting(help="everything the run writes lies here", identity=False)
     seed: int = setting(42, help="of the initialisation, the order of the data and dropout", identity=True)
     steps: int | None = setting(
-        None, help="length of the run in optimizer steps", identity=False, parse=parse_count
+        None,
+        help="length of the run in optimizer steps; the run ends earlier where its data do",
+        identity=False,
+        parse=parse_count,
     )
     tokens: int | None = setting(
         None,
-        help='length of the run in tokens ("10B"); give this or steps',
+        help='length of the run in tokens ("10B"); give this or steps, or neither where max_epochs ends '
+        "every source",
         identity=False,
         parse=parse_count,
     )

@@ -80,13 +80,22 @@ class Journal:
         append_line(self._metrics, record)
         if self._board is None:
             return
-        for name, value in record.items():
+        for name, value in flat(record):
             if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def flat(record: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """The record's values with their names, those of objects in it as `outer/inner`."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from flat(cast("dict[str, Any]", value), f"{where}{name}/")
+        else:
+            yield f"{where}{name}", value
 
 
 class SkipLog:

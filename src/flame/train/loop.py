@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,7 @@ class Progress:
     documents: int = 0
     updates_skipped: int = 0
     records: list[list[int]] = field(default_factory=list[list[int]])  # per source: passed, skipped
+    sources: list[list[int]] = field(default_factory=list[list[int]])  # tokens, documents, documents cut
 
     def with_records(self, agreed: Agreed) -> np.ndarray:
         """Records passed and skipped, [sources, 2], when the next step is trained too."""
@@ -54,6 +56,7 @@ class Progress:
     def advance(self, agreed: Agreed) -> None:
         """Counts one more trained step."""
         self.records = self.with_records(agreed).tolist()
+        self.sources = (agreed.sources + np.array(self.sources or 0, np.int64)).tolist()
         self.step += 1
         self.tokens += agreed.counts.tokens
         self.documents += agreed.counts.documents
@@ -65,8 +68,7 @@ class Job:
 
     run: Path
     seed: int
-    total_steps: int
-    tokens_per_step: int
+    total_steps: int | None  # None: the data's end is the run's
     clip_norm: float
     checkpoint_every: Duration
     logging_every: Duration
@@ -92,7 +94,7 @@ class Job:
 
 
 def train(job: Job) -> Exit:
-    """Trains until the last step or a stop request, and always leaves a checkpoint.
+    """Trains until the last step, the end of the data or a stop request, and always leaves a checkpoint.
 
     Where data cannot be read, every rank saves at the same step and raises the same DataError.
     """
@@ -107,17 +109,22 @@ def train(job: Job) -> Exit:
 def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int], None]) -> Exit:
     """The steps themselves. `coming` is the first one's rows."""
     trained: StepRows | None = None  # the rows of the last step made here
-    while job.progress.step < job.total_steps:
+    write_metrics: Callable[[], None] | None = None  # of that step, where it is not logged yet
+    while not is_last(job, job.progress.step):
         # what all ranks agreed on before this step
         agreed = coming.settle(job)
         problem = data_problem(job, coming, agreed)
         if problem is not None or agreed.stop:
             return leave(job, trained, problem)
+        if agreed.counts.tokens == 0:
+            if write_metrics is not None:
+                write_metrics()
+            return finish(job, trained, "the data ended")
         assert coming.rows is not None
         trained = coming.rows
 
         # forward, backward, update
-        step = job.progress.step + 1
+        step, tokens_before = job.progress.step + 1, job.progress.tokens
         learning_rate = job.schedule.learning_rate(step)
         set_learning_rate(job.optimizer, learning_rate)
         result = train_step(
@@ -133,19 +140,26 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         job.meter.count(agreed, result, trained.wait_seconds)
 
         # while the device works: the next step's rows, and the exchange about them
-        if step < job.total_steps:
+        if not is_last(job, step):
             coming = Coming.fetch(job, clock)
 
         # write down
         write_skips(job, trained, agreed)
-        if step in (1, job.total_steps) or crossed(job.logging_every, step, job.tokens_per_step):
-            job.meter.log(job.progress, agreed, result, learning_rate)
-        if agreed.save or crossed(job.checkpoint_every, step, job.tokens_per_step):
+        write_metrics = partial(job.meter.log, job.progress, agreed, result, learning_rate)
+        if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
+            write_metrics()
+            write_metrics = None
+        if agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
         collect(step)
 
-    return finish(job, trained)
+    return finish(job, trained, "its last step was made")
+
+
+def is_last(job: Job, step: int) -> bool:
+    """Whether a step is at the run's given length, or past it."""
+    return job.total_steps is not None and step >= job.total_steps
 
 
 @contextmanager
@@ -207,12 +221,16 @@ class SaveClock:
         self.last = time.monotonic()
 
 
-def crossed(every: Duration, step: int, tokens_per_step: int) -> bool:
-    """Whether `step` is the first at or past a multiple of `every`. Never for minutes."""
+def crossed(every: Duration, progress: Progress, tokens_before: int) -> bool:
+    """Whether the step just made is the first at or past a multiple of `every`. Never for minutes.
+
+    `tokens_before`: trained before that step.
+    """
     if every.unit == "minutes":
         return False
-    size = 1 if every.unit == "steps" else tokens_per_step
-    return step * size // every.amount > (step - 1) * size // every.amount
+    if every.unit == "steps":
+        return progress.step % every.amount == 0
+    return progress.tokens // every.amount > tokens_before // every.amount
 
 
 def data_problem(job: Job, coming: Coming, agreed: Agreed) -> DataError | None:
@@ -254,11 +272,14 @@ def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit
     return Exit.STOPPED
 
 
-def finish(job: Job, trained: StepRows | None) -> Exit:
-    """The last checkpoint, then the end."""
+def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
+    """The last checkpoint, then the end. Raises DataError where the data held nothing to train."""
+    if job.progress.step == 0:
+        raise DataError("no source holds any text that could be trained; see logs/skipped-records.jsonl")
     save_last(job, trained)
     if job.rank == 0:
-        event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens)
+        event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
+        print(f"done after step {job.progress.step}: {why}", flush=True)
     return Exit.DONE
 
 

@@ -27,6 +27,7 @@ class Advanced(Protocol):
     tokens: int
     documents: int
     records: list[list[int]]
+    sources: list[list[int]]
 
 
 class Meter:
@@ -39,14 +40,17 @@ class Meter:
         peak_flops: float | None,
         device: torch.device,
         updates_skipped: int,
+        sources: list[str],
         journal: Journal | None,
         screen: Screen | None,
     ) -> None:
         """`flops`: floating-point operations of a step, over all ranks. `peak_flops`: per second, of
-        all devices together; None where unknown. `journal` and `screen`: on rank 0 alone."""
+        all devices together; None where unknown. `sources`: their names. `journal` and `screen`: on rank
+        0 alone."""
         self._flops = flops
         self._peak = peak_flops
         self._device = device
+        self._sources = sources
         self._journal = journal
         self._screen = screen
         self._skipped = torch.tensor(updates_skipped, dtype=torch.int64, device=device)
@@ -96,14 +100,25 @@ class Meter:
             "documents": progress.documents,
             "records_skipped": sum(skipped for _, skipped in progress.records),
             "updates_skipped": skipped,
-            "segments_cut": agreed.counts.cut,
+            "documents_cut": sum(cut for *_, cut in progress.sources),
             "rows_digest": f"{agreed.counts.digest % 2**64:016x}",
+            "sources": self._of_sources(progress, agreed),
         }
         if self._journal is not None:
             self._journal.metrics(record)
         if self._screen is not None:
             self._screen.show(record)
         self._reset()
+
+    def _of_sources(self, progress: Advanced, agreed: Agreed) -> dict[str, dict[str, int]]:
+        """What each source gave since the run began, and the epoch that all lanes have begun."""
+        epochs: list[int] = agreed.epochs.tolist()
+        return {
+            name: {"tokens": tokens, "documents": documents, "epoch": epoch, "skipped": skipped, "cut": cut}
+            for name, epoch, (tokens, documents, cut), (_, skipped) in zip(
+                self._sources, epochs, progress.sources, progress.records, strict=True
+            )
+        }
 
     def _memory_gib(self) -> float | None:
         if self._device.type != "cuda":
@@ -114,7 +129,8 @@ class Meter:
 class Screen:
     """Progress on a terminal, or plain lines where output goes elsewhere."""
 
-    def __init__(self, total_steps: int, first_step: int) -> None:
+    def __init__(self, total_steps: int | None, first_step: int) -> None:
+        """`total_steps`: None where the data's end is the run's."""
         self._total = total_steps
         self._last_line = 0.0
         self._began, self._first = time.monotonic(), first_step
@@ -130,8 +146,9 @@ class Screen:
         """One logged step."""
         step = record["step"]
         waiting = record["data_seconds"] / max(record["step_seconds"], 1e-9)
+        of = "" if self._total is None else f"/{self._total}"
         text = (
-            f"step {step}/{self._total}  loss {record['loss']:.4f}  "
+            f"step {step}{of}  loss {record['loss']:.4f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  waiting for data {100 * waiting:.1f} %"
         )
         if self._bar is not None:
@@ -141,7 +158,8 @@ class Screen:
         if step == self._total or now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
             rate = (now - self._began) / max(1, step - self._first)
-            print(f"{text}  ETA {_clock(rate * (self._total - step))}", flush=True)
+            left = "" if self._total is None else f"  ETA {_clock(rate * (self._total - step))}"
+            print(f"{text}{left}", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

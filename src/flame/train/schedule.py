@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flame.errors import RecipeError
+from flame.schema import Duration
 from flame.train.config import OptimizerConfig, ScheduleConfig
 
 
@@ -13,11 +15,13 @@ from flame.train.config import OptimizerConfig, ScheduleConfig
 class Schedule:
     """Linear warm-up, then a decay from the peak to `final_fraction` of it at the last step.
 
+    `total_steps` is None where nobody knows the last step; only a constant rate may follow the warm-up then.
+
     A function of the step alone, so that there is no state to save.
     """
 
     peak: float
-    total_steps: int
+    total_steps: int | None
     warmup_steps: int
     decay: str  # cosine, linear, sqrt, constant or wsd
     final_fraction: float
@@ -26,10 +30,19 @@ class Schedule:
 
     @staticmethod
     def of(
-        schedule: ScheduleConfig, optimizer: OptimizerConfig, total_steps: int, tokens_per_step: int
+        schedule: ScheduleConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int | None,
+        steps_of: Callable[[Duration], int],
     ) -> Schedule:
-        warmup = schedule.warmup.steps(tokens_per_step)
-        if warmup > total_steps:
+        """`steps_of`: a length from the run's beginning in steps. Raises RecipeError for what cannot be."""
+        warmup = steps_of(schedule.warmup)
+        if total_steps is None and schedule.decay != "constant":
+            raise RecipeError(
+                f"schedule.decay: {schedule.decay} falls towards the run's last step, which nobody knows "
+                'where the data end the run: set run.steps or run.tokens to a guess, or decay = "constant"'
+            )
+        if total_steps is not None and warmup > total_steps:
             raise RecipeError(
                 f"schedule.warmup: {schedule.warmup} is {warmup} steps, but the run has {total_steps}"
             )
@@ -53,7 +66,7 @@ class Schedule:
         """The rate of the update that makes step `step`; steps count from 1."""
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
-        if self.decay == "constant":
+        if self.decay == "constant" or self.total_steps is None:
             return self.peak
         decaying = self.total_steps - self.warmup_steps
         shape = self.decay
