@@ -35,9 +35,8 @@ def bench(path: str, flags: dict[str, str], ranks: int, seconds: float, as_json:
         "state": f"{got.state_bytes:,} bytes, {got.state_microseconds:.1f} microseconds a step",
         "memory": f"{got.memory_mib:,.0f} MiB at most",
     }
-    print(
-        f"rank 0 of {ranks}, {got.steps:,} steps of {plan.stages[0].rows_per_step} x {plan.stages[0].sequence_length} tokens"
-    )
+    stage = plan.stages[0]
+    print(f"rank 0 of {ranks}, {got.steps:,} steps of {stage.rows_per_step} x {stage.sequence_length} tokens")
     for name, value in rows.items():
         print(f"  {name:<16} {value}")
     return Exit.DONE
