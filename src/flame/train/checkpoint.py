@@ -178,6 +178,9 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
                 event(self.run, "checkpoint_failed", step=step, why=self.error)
             return
+        except RuntimeError as error:  # a peer is gone: the training's own exchange will say so, too
+            self.error = str(error)
+            return
         self.error, self.last_saved = None, step
         if self._rank == 0:
             seconds = round(time.monotonic() - began, 3)
