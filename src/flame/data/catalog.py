@@ -72,7 +72,7 @@ def open_catalog(
     if tokenizer_config.path != BYTES:
         tokenizer_path = base / tokenizer_path.expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
-    sources = open_sources(data_config, plan, base)
+    sources = _open_checked(data_config, plan, base)
     for source in sources:
         _check_lanes(source, plan)
     if backend != "tokenizers":
@@ -85,6 +85,10 @@ def open_catalog(
 def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
     """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
     _check_settings(data_config.sources)
+    return _open_checked(data_config, plan, base)
+
+
+def _open_checked(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
     access = Access(
         data_config.cache_directory and str(base / Path(data_config.cache_directory).expanduser()),
         data_config.cache_bytes,
