@@ -12,6 +12,7 @@ import pytest
 
 from flame import schema
 from flame.cli import make_parser
+from flame.commands.models import support, table
 from flame.models.registry import families
 from flame.recipe import Recipe, check
 
@@ -78,6 +79,12 @@ def test_recipes_that_are_shown_are_recipes(page: Path) -> None:
 def test_the_readme_lists_every_family_and_only_those() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert table == [family.name for family in families()]
+
+
+def test_the_readmes_table_of_families_is_what_flame_models_prints() -> None:
+    text = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"<!-- flame models --markdown -->\n(.*?)\n<!-- /flame models -->", text, re.DOTALL)
+    assert shown == table([support(family) for family in families()]), "run: flame models --markdown"
 
 
 def test_the_readmes_file_tree_is_the_repositorys() -> None:

@@ -67,6 +67,7 @@ def make_parser() -> Parser:
         add_generate,
         add_status,
         add_report,
+        add_models,
         add_demo,
     ):
         add(commands)
@@ -186,6 +187,14 @@ def add_report(commands: Any) -> None:
     report = add_command(commands, "report", summary, ("report", "report"), ("run", "to"))
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="FILE", help="the page (default: RUN/report.html)")
+
+
+def add_models(commands: Any) -> None:
+    summary = "the families of models that train, and what is proven of each"
+    models = add_command(commands, "models", summary, ("models", "models"), ("json", "markdown"))
+    form = models.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object")
+    form.add_argument("--markdown", action="store_true", help="the table as docs/models.md has it")
 
 
 def add_demo(commands: Any) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from flame.errors import ModelError
 from flame.models.build import build_on_meta, initialize
-from flame.models.registry import family_of
-from flame.models.zoo import fla_models
+from flame.models.registry import families, family_of
+from flame.models.zoo import fla_models, quiet
 
 # seven heads, odd sizes: nothing divides by two or three
 UNEVEN = fla_models.GatedDeltaNetConfig(
@@ -49,11 +49,17 @@ def test_a_model_on_meta_holds_nothing_and_leaves_the_config_alone(name):
 def test_initial_weights_follow_the_models_own_distribution(name):
     config = SMALL[name]
     torch.manual_seed(3)
-    plain, ours = _tensors(AutoModelForCausalLM.from_config(config)), _tensors(initialized(config))
+    with quiet():
+        plain = _tensors(AutoModelForCausalLM.from_config(config))
+    ours = _tensors(initialized(config))
     assert plain.keys() == ours.keys()
     for key, wanted in plain.items():
         got, size = ours[key], wanted.numel()
         assert got.shape == wanted.shape
+        if torch.equal(got, wanted):
+            continue  # a constant, or a function of the layer's place
+        assert wanted.std() > 0, key
+        assert not key.endswith("inv_freq")
         if key.endswith("A_log"):
             assert bool(((got.exp() > 0) & (got.exp() < 16)).all())
             assert len(set(got.tolist())) == size
@@ -61,11 +67,10 @@ def test_initial_weights_follow_the_models_own_distribution(name):
             step = nn.functional.softplus(got)
             assert bool(((step > 0.9e-4) & (step < 0.11)).all())
             assert len(set(got.tolist())) == size
-        elif wanted.std() == 0 or key.endswith("inv_freq"):
-            assert torch.equal(got, wanted), key
         else:
             assert float(got.std() / wanted.std()) == pytest.approx(1, abs=6 / math.sqrt(size)), key
-            assert abs(float(got.mean())) < 6 * float(wanted.std()) / math.sqrt(size)
+            difference = float(got.mean()) - float(wanted.mean())
+            assert abs(difference) < 9 * float(wanted.std()) / math.sqrt(size), key
 
 
 def test_the_seed_decides_and_equal_layers_differ():
@@ -157,10 +162,14 @@ def _rank(rank, world, folder, config):
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["uneven", "gla", "llama-tied", "llama"])
-def test_sharded_initial_weights_equal_unsharded_ones_bit_for_bit(tmp_path, world, name):
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [(name, world) for name in ("uneven", "gla", "llama-tied", "llama") for world in (1, 2, 3, 4)]
+    + [(family.name, 3) for family in families() if family.name not in ("gla", "llama")],
+)
+def test_sharded_initial_weights_equal_unsharded_ones_bit_for_bit(tmp_path, name, world):
     config = UNEVEN if name == "uneven" else SMALL[name]
     whole = initialized(config)
     arguments = (world, str(tmp_path), config)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from flame.errors import ModelError
 from flame.models.export import export, load_exported
+from flame.models.zoo import quiet
 
 TOKENS = torch.arange(60)[None] % VOCABULARY
 
@@ -33,7 +34,8 @@ def test_an_export_loads_with_equal_logits_and_the_users_settings(tmp_path, toke
     model = initialized(SMALL[name])
     to = tmp_path / "export"
     export(dict(model.state_dict()), SMALL[name], tokenizer, to, torch.float32, shard_bytes)
-    loaded, info = AutoModelForCausalLM.from_pretrained(to, output_loading_info=True)
+    with quiet():
+        loaded, info = AutoModelForCausalLM.from_pretrained(to, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(_logits(loaded.eval()), _logits(model.eval()))

@@ -4,8 +4,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.models.cpu import causal_conv1d, chunk_gated_delta_rule, chunk_gla, fused_recurrent_gla
-from flame.models.recurrence import chunked, gated_delta_rule, gated_linear_attention, scan
+from flame.models.cpu_delta import chunk_gated_delta_rule
+from flame.models.cpu_linear import chunk_gla, fused_recurrent_gla
+from flame.models.cpu_modules import causal_conv1d
+from flame.models.recurrence import chunked, gated_linear_attention, scan
+from flame.models.recurrence_delta import gated_delta_rule
 from flame.models.zoo import fla_module
 
 naive_recurrent_gla = fla_module("ops.gla.naive").naive_recurrent_gla

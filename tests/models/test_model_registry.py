@@ -7,7 +7,8 @@ from transformers import GPT2Config
 
 from flame.errors import ModelError
 from flame.models.build import build_on_meta
-from flame.models.registry import families, family_of, load_config
+from flame.models.registry import families, family_of, load_config, refused
+from flame.models.zoo import fla_models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 
@@ -37,10 +38,14 @@ def test_a_family_knows_where_its_models_parts_are(name):
     family = family_of(config)
     model = build_on_meta(config)
     blocks = family.blocks(model)
-    assert [fqn for fqn, _ in blocks] == ["model.layers.0", "model.layers.1"]
+    assert [fqn for fqn, _ in blocks] == [f"{family.layers}.{number}" for number in range(2)]
     assert all(model.get_submodule(fqn) is block for fqn, block in blocks)
     assert family.embedding(model) is model.get_input_embeddings()
     assert family.head(model) is model.get_output_embeddings()
+
+
+UNDECAYED = {"bias", "dt_bias", "A_log", "D", "decay", "lower_bounds", "mu", "x_bias", "bonus"}
+UNDECAYED |= {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -49,7 +54,8 @@ def test_norms_and_biases_do_not_decay_and_matrices_do(name):
     model = build_on_meta(config)
     still = family_of(config).no_weight_decay(model)
     names = {key for key, _ in model.named_parameters()}
-    assert {key for key in names if "norm" in key or key.endswith(("bias", "A_log"))} == still
+    last = {key: key.rpartition(".")[2] for key in names}
+    assert {key for key in names if "norm" in key or last[key] in UNDECAYED} == still
     assert any("embed" in key for key in names - still)
 
 
@@ -76,12 +82,12 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
 
 def test_an_unknown_model_type_gets_the_nearest_and_the_list(tmp_path):
     (tmp_path / "a.json").write_text('{"model_type": "gated_deltnet"}')
-    with pytest.raises(ModelError, match=r"did you mean gated_deltanet\? families: gla, gated_deltanet, tra"):
+    with pytest.raises(ModelError, match=r"did you mean gated_deltanet\? families: gla, gated_delta"):
         load_config(str(tmp_path / "a.json"))
 
 
 def test_a_model_without_a_family_is_refused_with_the_list():
-    with pytest.raises(ModelError, match=r'"gpt2".*families: gla, gated_deltanet, transformer, llama'):
+    with pytest.raises(ModelError, match=r'"gpt2".*families: gla, gated_deltanet, .*transformer, llama'):
         family_of(GPT2Config())
 
 
@@ -99,6 +105,23 @@ def test_a_setting_that_could_not_be_trained_truly_is_refused(name, setting, val
     config = type(SMALL[name])(**{**SMALL[name].to_dict(), setting: value})
     with pytest.raises(ModelError, match=setting):
         family_of(config)
+
+
+def test_every_family_has_a_small_model_that_all_checks_run_on():
+    assert {family_of(config).name for config in SMALL.values()} == {f.name for f in families()}
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")  # fla's MLA
+def test_a_model_of_flas_that_is_not_trained_is_refused_with_what_to_use():
+    configs = [getattr(fla_models, name) for name in fla_models.__all__ if name.endswith("Config")]
+    types = {config.model_type for config in configs}
+    trained = {t for family in families() for t in family.model_types}
+    assert types == (trained & types) | set(refused())
+    assert not trained & set(refused())
+    for config in configs:
+        if config.model_type in refused():
+            with pytest.raises(ModelError, match=rf"a {config.model_type} model is not trained.*; use "):
+                family_of(config())
 
 
 def test_family_names_are_unique():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from flame.errors import ModelError
+from flame.models.family import Family
 from flame.models.registry import family_of
 
 # what torch.compile and activation checkpointing put into the names of wrapped modules
@@ -38,7 +40,8 @@ def initialize(model: nn.Module, config: PretrainedConfig, seed: int, device: to
     """
     device = torch.device(device)
     blueprint = build_on_meta(config)
-    units = _units(blueprint, {name for name, _ in family_of(config).blocks(blueprint)})
+    family = family_of(config)
+    units = _units(blueprint, {name for name, _ in family.blocks(blueprint)})
     _materialize(model, device)
     wanted = _wanted(model)
     devices = [device] if device.type == "cuda" else []
@@ -48,7 +51,7 @@ def initialize(model: nn.Module, config: PretrainedConfig, seed: int, device: to
             if not any(name in wanted for name in names):
                 continue  # another pipeline stage's
             _fill(unit, device)
-            _initialize_unit(cast("Any", blueprint), prefix, unit, seed)
+            _initialize_unit(blueprint, family, prefix, unit, seed)
             for name, value in _tensors(unit):
                 full_name = _join(prefix, name)
                 if value.is_floating_point() and bool(value.isnan().any()):
@@ -67,14 +70,22 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _units(module: nn.Module, blocks: set[str], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Blocks whole, and outside them the modules that hold no block."""
+    """Blocks whole, and outside them the modules that hold no block. What holds both blocks and
+    parameters of its own (HGRN's lower bounds) is a unit of those parameters alone."""
     if prefix in blocks or not any(_inside(prefix, block) for block in blocks):
         yield prefix, module
         return
     if next(module.parameters(recurse=False), None) is not None:
-        raise ModelError(f"{prefix or 'the model'}: holds both blocks and parameters of its own")
+        yield prefix, _bare(module)
     for name, child in module.named_children():
         yield from _units(child, blocks, _join(prefix, name))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without its children, its own parameters shared with it."""
+    bare: Any = copy.copy(module)
+    bare._modules, bare._parameters = {}, dict(bare._parameters)
+    return bare
 
 
 def _inside(prefix: str, block: str) -> bool:
@@ -115,13 +126,13 @@ def _fill(unit: nn.Module, device: torch.device) -> None:
             tensor.fill_(float("nan"))
 
 
-def _initialize_unit(model: Any, prefix: str, unit: nn.Module, seed: int) -> None:
+def _initialize_unit(model: nn.Module, family: Family, prefix: str, unit: nn.Module, seed: int) -> None:
     ordered = list(unit.named_modules())
     for name, module in sorted(ordered, key=lambda pair: -_depth(pair[0])):
         full_name = _join(prefix, name)
         digest = hashlib.blake2b(f"{seed}\0{full_name}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-        model._init_weights(module)
+        family.initialize(model, full_name, module)
 
 
 def _depth(name: str) -> int:

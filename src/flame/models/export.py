@@ -20,6 +20,7 @@ from flame.errors import ModelError
 from flame.models import cpu
 from flame.models.build import build_on_meta
 from flame.models.registry import family_of, load_config
+from flame.models.zoo import quiet
 
 MARK = "exported_by"  # a field of config.json that tells an export from any other folder
 
@@ -83,7 +84,8 @@ def load_exported(path: Path) -> nn.Module:
         cpu.install()
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model: nn.Module = load(str(path), dtype="auto", local_files_only=True)
+        with quiet():
+            model: nn.Module = load(str(path), dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be loaded: {error}") from None
     return model.eval()

@@ -1,9 +1,9 @@
-"""Gated linear attention and the gated delta rule in plain PyTorch, over packed segments.
+"""Recurrences with a diagonal transition in plain PyTorch, over packed segments.
 
-Both are chunked: each segment is cut into chunks (the last one padded), everything within a chunk is
-matrix products over all chunks at once, and the states that enter the chunks come from a parallel scan
-over chunks that restarts at each segment. Everything is differentiable, in float32; no state and no
-gradient crosses from one segment into another.
+The attention-like ones are chunked: each segment is cut into chunks (the last one padded), everything
+within a chunk is matrix products over all chunks at once, and the states that enter the chunks come from a
+parallel scan over chunks that restarts at each segment. Everything is differentiable, in float32; no state
+and no gradient crosses from one segment into another.
 
 Shapes: T tokens, N segments, H heads, K and V channels of a head, J chunks of C tokens.
 """
@@ -79,7 +79,7 @@ def scan(transition: Tensor, update: Tensor, apply: Callable[[Tensor, Tensor], T
     return torch.stack([even, odd], 1).flatten(0, 1)
 
 
-def _carry(
+def carry(
     chunks: Chunks,
     transition: Tensor,
     update: Tensor,
@@ -104,10 +104,14 @@ def gated_linear_attention(
     cu_seqlens: Tensor,
     scale: float,
     initial: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = diag(exp(decay_t)) S_(t-1) + k_t v_t^T, o_t = scale q_t S_t (arXiv 2312.06635, eq. 4).
 
-    q, k, decay: [T, H, K]; v: [T, H, V]; decay <= 0; initial: [N, H, K, V].
+    With `bonus` u [H, K], o_t = scale q_t (S_(t-1) + diag(u) k_t v_t^T): a token reads the state before its
+    own decay and weighs itself apart (RWKV6, arXiv 2404.05892, eq. 19).
+
+    q, k: [T, H, K]; v: [T, H, V]; decay <= 0: [T, H, K], or [T, H, 1] for one a head; initial: [N, H, K, V].
     Returns o [T, H, V] and the last states [N, H, K, V], float32.
     """
     chunks = chunked(cu_seqlens)
@@ -115,57 +119,77 @@ def gated_linear_attention(
     total = decay.cumsum(-2)
     end = total[..., -1:, :]
     update = (k * (end - total).exp()).mT @ v
-    entering, final = _carry(chunks, end.exp().mT, update, initial, torch.mul)
-    scores = _decayed_scores(q, k, total)
-    return chunks.gather((q * total.exp()) @ entering + scores @ v), final
+    entering, final = carry(chunks, end.exp().mT, update, initial, torch.mul)
+    if bonus is None:
+        scores = decayed_scores(q, k, total, total)
+        return chunks.gather((q * total.exp()) @ entering + scores @ v), final
+    before = total - decay
+    scores = decayed_scores(q, k, before, total, strict=True)
+    own = (q * k * bonus.float()[:, None]).sum(-1, keepdim=True)
+    return chunks.gather((q * before.exp()) @ entering + scores @ v + own * v), final
 
 
-def _decayed_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """sum over channels of q_i k_j exp(total_i - total_j) for i >= j, else 0: [J, H, C, C].
-
-    As one product of q exp(total) and k exp(-total) where the second cannot overflow, else channel by
-    channel: `total` falls without bound when a gate closes.
-    """
-    size = q.shape[-2]
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    if float(total.detach().amin()) > -SAFE_DECAY:
-        return ((q * total.exp()) @ (k * (-total).exp()).mT).masked_fill(future, 0.0)
-    between = total[..., :, None, :] - total[..., None, :, :]
-    weight = between.masked_fill(future[..., None], float("-inf")).exp()
-    return ((weight * k[..., None, :, :]) @ q[..., None]).squeeze(-1)
-
-
-def gated_delta_rule(
+def value_gated_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor,
-    beta: Tensor,
     cu_seqlens: Tensor,
     scale: float,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(decay_t) (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T, o_t = scale q_t S_t.
+    """S_t = S_(t-1) diag(exp(decay_t)) + k_t v_t^T, o_t = scale q_t S_t: the value channels decay.
 
-    The chunked form of arXiv 2412.06464, section 3.3: within a chunk (I + L) u = beta v and
-    (I + L) w = beta k exp(total), L the strictly lower part of beta_i k_i k_j exp(total_i - total_j).
-    q, k: [T, H, K]; v: [T, H, V]; decay <= 0, beta: [T, H]; initial: [N, H, K, V].
-    Returns o [T, H, V] and the last states [N, H, K, V], float32.
+    The first pass of gated slot attention (arXiv 2409.07146, section 3.1). q, k: [T, H, K];
+    v, decay: [T, H, V]; initial: [N, H, K, V]. Returns o [T, H, V] and the last states, float32.
     """
     chunks = chunked(cu_seqlens)
-    q, k, v = (chunks.spread(x.float()) for x in (q * scale, k, v))
-    decay, beta = (chunks.spread(x.float()[..., None]) for x in (decay, beta))
+    q, k, v, decay = (chunks.spread(x.float()) for x in (q * scale, k, v, decay))
     total = decay.cumsum(-2)
     end = total[..., -1:, :]
-    future = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=q.device).triu(1)
-    between = (total - total.mT).masked_fill(future, float("-inf")).exp()
-    lower = ((k * beta) @ k.mT) * between
-    right = torch.cat([v * beta, k * (beta * total.exp())], -1)
-    solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
-    kept = (k * (end - total).exp()).mT
-    identity = torch.eye(k.shape[-1], device=q.device)
-    entering, final = _carry(chunks, identity * end.exp() - kept @ w, kept @ u, initial, torch.matmul)
-    written = u - w @ entering
-    scores = (q @ k.mT) * between
-    return chunks.gather((q * total.exp()) @ entering + scores @ written), final
+    entering, final = carry(chunks, end.exp(), k.mT @ (v * (end - total).exp()), initial, torch.mul)
+    scores = (q @ k.mT).tril()
+    if float(total.detach().amin()) > -SAFE_DECAY:
+        within = total.exp() * (scores @ (v * (-total).exp()))
+    else:
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)[..., None]
+        between = total[..., :, None, :] - total[..., None, :, :]
+        weight = scores[..., None] * between.masked_fill(future, float("-inf")).exp()
+        within = (weight * v[..., None, :, :]).sum(-2)
+    return chunks.gather(total.exp() * (q @ entering) + within), final
+
+
+def decayed_scores(q: Tensor, k: Tensor, total_q: Tensor, total_k: Tensor, *, strict: bool = False) -> Tensor:
+    """sum over channels of q_i k_j exp(total_q_i - total_k_j) for i >= j (`strict`: i > j), else 0.
+
+    q, k: [J, H, C, K]; the totals as wide, or [J, H, C, 1] for one decay a head. Returns [J, H, C, C]. With
+    a total for each channel as one product of q exp(total_q) and k exp(-total_k) where the
+    second cannot overflow, else channel by channel: the totals fall without bound when a gate closes.
+    """
+    size = q.shape[-2]
+    ones = torch.ones(size, size, dtype=torch.bool, device=q.device)
+    future = ones.triu(0 if strict else 1)
+    if total_k.shape[-1] == 1:
+        return (q @ k.mT) * (total_q - total_k.mT).masked_fill(future, float("-inf")).exp()
+    if float(total_k.detach().amin()) > -SAFE_DECAY:
+        return ((q * total_q.exp()) @ (k * (-total_k).exp()).mT).masked_fill(future, 0.0)
+    between = total_q[..., :, None, :] - total_k[..., None, :, :]
+    weight = between.masked_fill(future[..., None], float("-inf")).exp()
+    return ((weight * k[..., None, :, :]) @ q[..., None]).squeeze(-1)
+
+
+def decaying_sum(
+    x: Tensor, decay: Tensor, cu_seqlens: Tensor, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(decay_t) h_(t-1) + x_t, element by element (HGRN, arXiv 2311.04823, eq. 7).
+
+    x, decay: [T, D]; initial: [N, D]. Returns h [T, D] and each segment's last [N, D], float32.
+    """
+    bounds = cu_seqlens.to(torch.int64)
+    starts = bounds[:-1]
+    transition, x = decay.float().exp(), x.float()
+    if initial is not None:
+        x = x.index_add(0, starts, transition[starts] * initial.float())
+    kept = torch.ones(len(x), 1, device=x.device).index_fill(0, starts, 0.0)
+    states = scan(transition * kept, x, torch.mul)
+    return states, states[bounds[1:] - 1]

@@ -10,12 +10,22 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame.errors import ModelError, nearest
-from flame.models.family import FAMILIES, Family
+from flame.models.families.fla import FLA_FAMILIES
+from flame.models.families.huggingface import HUGGINGFACE_FAMILIES
+from flame.models.families.refused import REFUSED
+from flame.models.family import Family
+
+FAMILIES: tuple[Family, ...] = (*FLA_FAMILIES, *HUGGINGFACE_FAMILIES)
 
 
 def families() -> tuple[Family, ...]:
     """All families that can be trained."""
     return FAMILIES
+
+
+def refused() -> dict[str, str]:
+    """fla's other families: `model_type` to why it is not trained, and what to use."""
+    return dict(REFUSED)
 
 
 def load_config(spec: str) -> PretrainedConfig:
@@ -70,6 +80,8 @@ def family_of(config: PretrainedConfig) -> Family:
             if reason is not None:
                 raise ModelError(f"a {family.name} model with {reason}")
             return family
+    if model_type in REFUSED:
+        raise ModelError(f"a {model_type} model is not trained here: {REFUSED[model_type]}")
     raise ModelError(
         f'model_type "{model_type}": no family here trains it; '
         f"{nearest(model_type, [f.name for f in FAMILIES])}families: {_known()}"
