@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import (
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from flame.models import cpu
 from flame.models.build import build_on_meta, initialize
@@ -59,9 +71,14 @@ def _transformer(**kwargs) -> PretrainedConfig:
     return _of("Transformer", **{"num_heads": 4, **kwargs})
 
 
-def _llama(**kwargs) -> PretrainedConfig:
+def _causal(kind: type[PretrainedConfig], **kwargs) -> PretrainedConfig:
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, **_WITH_MLP}
-    return LlamaConfig(**{**settings, **kwargs})
+    tokens = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    return kind(**{**settings, **tokens, **kwargs})
+
+
+def _llama(**kwargs) -> PretrainedConfig:
+    return _causal(LlamaConfig, **kwargs)
 
 
 # every registered family has one at least, which a test checks
@@ -106,6 +123,32 @@ SMALL = {
     "transformer-gqa": _transformer(num_kv_heads=2, qk_norm=True, qkv_bias=True, window_size=7),
     "llama": _llama(),
     "llama-tied": _llama(tie_word_embeddings=True),
+    "mistral": _causal(MistralConfig, sliding_window=9),
+    "qwen2": _causal(Qwen2Config),
+    "qwen2-window": _causal(
+        Qwen2Config, use_sliding_window=True, sliding_window=9, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen3": _causal(Qwen3Config, head_dim=16),
+    "gemma": _causal(GemmaConfig, head_dim=16),
+    "gemma3_text": _causal(
+        Gemma3TextConfig, head_dim=16, sliding_window=9, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "olmo2": _causal(Olmo2Config),
+    "phi3": _causal(Phi3Config, sliding_window=9),
+    "smollm3": _causal(SmolLM3Config, no_rope_layers=[1, 0]),
+    "gpt2": GPT2Config(
+        n_embd=32,
+        n_head=2,
+        n_layer=2,
+        n_inner=48,
+        n_positions=256,
+        vocab_size=VOCABULARY,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
 }
 
 

@@ -23,7 +23,7 @@ def _measured(name: str, length: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", [n for n in SMALL if family_of(SMALL[n]).source == "transformers"])
 def test_flops_equal_what_torch_counts(name, monkeypatch):
     # torch counts matrix products: attention written as two of them, over the whole square
     def attention(q, k, v, **_):
@@ -32,7 +32,7 @@ def test_flops_equal_what_torch_counts(name, monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
     count = family_of(SMALL[name]).flops(SMALL[name])
-    # transformers 5.17 makes its rotary table by a matrix product, 384 FLOPs of seven million
+    # transformers makes its rotary tables by a matrix product, 384 FLOPs of seven million
     assert _measured(name, LENGTH) == pytest.approx(count.total(LENGTH, LENGTH**2), rel=1e-4)
 
 
@@ -58,7 +58,9 @@ RECURRENCES = {
     "cpu_linear": ("gated_linear_attention", "value_gated_attention", "diagonal_plus_low_rank"),
     "cpu_delta": ("gated_delta_rule", "diagonal_plus_low_rank"),
 }
-_RECURRENT = [n for n in SMALL if "hybrid" not in n and n.partition("-")[0] not in ("transformer", "llama")]
+_RECURRENT = [
+    n for n in SMALL if "hybrid" not in n and family_of(SMALL[n]).source == "fla" and "transformer" not in n
+]
 
 
 @pytest.mark.parametrize("name", _RECURRENT)

@@ -2,8 +2,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from models.small_models import SMALL
-from transformers import GPT2Config
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    MixtralConfig,
+    Olmo3Config,
+    StableLmConfig,
+    T5Config,
+)
 
 from flame.errors import ModelError
 from flame.models.build import build_on_meta
@@ -55,8 +64,8 @@ def test_norms_and_biases_do_not_decay_and_matrices_do(name):
     still = family_of(config).no_weight_decay(model)
     names = {key for key, _ in model.named_parameters()}
     last = {key: key.rpartition(".")[2] for key in names}
-    assert {key for key in names if "norm" in key or last[key] in UNDECAYED} == still
-    assert any("embed" in key for key in names - still)
+    assert {key for key in names if "norm" in key or ".ln_" in key or last[key] in UNDECAYED} == still
+    assert any("embed" in key or "wte" in key for key in names - still)
 
 
 def test_a_directory_and_a_file_give_the_same_config(tmp_path):
@@ -86,9 +95,41 @@ def test_an_unknown_model_type_gets_the_nearest_and_the_list(tmp_path):
         load_config(str(tmp_path / "a.json"))
 
 
-def test_a_model_without_a_family_is_refused_with_the_list():
-    with pytest.raises(ModelError, match=r'"gpt2".*families: gla, gated_deltanet, .*transformer, llama'):
-        family_of(GPT2Config())
+def test_a_model_without_a_family_is_trained_where_the_rules_are_proven_to_hold():
+    config = Olmo3Config(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=4)
+    family = family_of(config)
+    assert (family.name, family.layers) == ("olmo3", "model.layers")
+    assert family_of(config) is family  # proven once
+    model = build_on_meta(config)
+    assert len(family.blocks(model)) == 4
+    assert family.embedding(model) is model.get_input_embeddings()
+
+
+SMALL_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(head_dim=16, num_key_value_heads=2, **SMALL_SIZES), "softcap is not supported"),
+        (CohereConfig(**SMALL_SIZES), "its logits are not its head's output"),
+        (StableLmConfig(num_key_value_heads=2, **SMALL_SIZES), "gets other states than alone"),
+        (MixtralConfig(), "mixtures of experts are not supported"),
+        (T5Config(dropout_rate=0), "no causal language model of type t5"),
+        (GPT2Config(), "attn_pdrop: found 0.1"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_a_model_for_which_the_rules_do_not_hold_is_refused_with_the_reason(config, reason):
+    with pytest.raises(ModelError, match=rf"{config.model_type} .*{reason}|{reason}"):
+        family_of(config)
+
+
+def test_proving_a_model_leaves_the_generator_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    family_of(Olmo3Config(hidden_size=16, num_attention_heads=2, num_hidden_layers=2))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +140,10 @@ def test_a_model_without_a_family_is_refused_with_the_list():
         ("transformer", "attnres_block_size", 2),
         ("gla", "hidden_act", "powlu"),
         ("llama", "attention_dropout", 0.1),
+        ("hgrn", "attn_mode", "chunk"),
+        ("rwkv7", "attn", {"layers": [1], "num_heads": 2}),
+        ("mamba2", "hidden_act", "gelu"),
+        ("comba", "num_v_heads", 4),
     ],
 )
 def test_a_setting_that_could_not_be_trained_truly_is_refused(name, setting, value):

@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from flame.errors import ModelError
 from flame.models.zoo import fla_module
 
 PACKED = "flame_packed"  # the name of the attention implementation in transformers
@@ -87,17 +88,25 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [b, H, L, D], key and value [b, G, L, D] to [b, L, H, D].
 
-    `cu_seq_lens_q` and `max_length_q` come from the model's own keyword arguments; without them this is
-    plain SDPA.
+    `cu_seq_lens_q` and `max_length_q` come from the model's own keyword arguments; without them rows are
+    whole documents, or what a mask says. `sliding_window` counts the keys that a query sees, itself
+    included. Raises ModelError for scores that are capped or attention sinks.
     """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ModelError(f"attention with {name} is not supported over packed rows")
+    window: int | None = kwargs.get("sliding_window")
     cu_seqlens: Tensor | None = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None and attention_mask is None:
+        whole = [x.transpose(1, 2) for x in (query, key, value)]
+        return _causal(whole[0], whole[1], whole[2], scaling, window), None
     if cu_seqlens is None:
         sdpa: Any = sdpa_attention_forward
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, _, length, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     longest = int(kwargs["max_length_q"])
-    out = varlen_attention(flat[0], flat[1], flat[2], cu_seqlens, longest, scaling)
+    out = varlen_attention(flat[0], flat[1], flat[2], cu_seqlens, longest, scaling, window)
     return out.unflatten(0, (rows, length)), None
 
 

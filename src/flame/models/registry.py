@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame.errors import ModelError, nearest
 from flame.models.families.fla import FLA_FAMILIES
-from flame.models.families.huggingface import HUGGINGFACE_FAMILIES
+from flame.models.families.huggingface import HUGGINGFACE_FAMILIES, by_default_rules
 from flame.models.families.refused import REFUSED
 from flame.models.family import Family
 
@@ -72,7 +72,8 @@ def _hub_config(name: str) -> PretrainedConfig:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a config. Raises ModelError where none has it, or where it refuses a setting."""
+    """The family of a config: a registered one, or transformers' default rules where they are proven to
+    hold for it. Raises ModelError where they do not, or where a family refuses a setting."""
     model_type = str(config.model_type)
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -82,10 +83,7 @@ def family_of(config: PretrainedConfig) -> Family:
             return family
     if model_type in REFUSED:
         raise ModelError(f"a {model_type} model is not trained here: {REFUSED[model_type]}")
-    raise ModelError(
-        f'model_type "{model_type}": no family here trains it; '
-        f"{nearest(model_type, [f.name for f in FAMILIES])}families: {_known()}"
-    )
+    return by_default_rules(config)
 
 
 def _known() -> str:

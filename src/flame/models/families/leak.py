@@ -1,0 +1,107 @@
+"""The test suite's checks at run time, on a shallow and narrow copy of a model that nobody has checked."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from flame.models.family import Family
+
+VOCABULARY = 61
+LENGTHS = (5, 19, 1, 11)
+TOLERANCE = 1e-4  # float32, of states that are scaled to order 1
+
+
+def problem(family: Family, config: PretrainedConfig) -> str | None:
+    """Why `family` would not train the model of `config` truly, or None.
+
+    Builds two layers of it on the CPU in float32 and compares a packed row with its documents alone, the
+    logits with those of the model's own `forward`, and looks for a gradient that crosses documents. The
+    global generator is left as it was.
+    """
+    config = shallow(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        make: Any = AutoModelForCausalLM.from_config
+        plain: nn.Module = make(config, dtype=torch.float32, attn_implementation="eager").eval()
+        for parameter in plain.parameters():  # weights that make every path count
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        options = {"attn_implementation": family.attention} if family.attention else {}
+        model: nn.Module = make(config, dtype=torch.float32, **options).eval()
+        tokens = torch.randint(1, VOCABULARY, (1, sum(LENGTHS)))
+    model.load_state_dict(plain.state_dict())
+    return _difference(family, model, plain, tokens) or _crossing(family, model, tokens)
+
+
+def shallow(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with few layers (one of each kind), a small vocabulary and narrow feed-forwards."""
+    config = copy.deepcopy(config)
+    values: Any = config
+    kinds: list[str] = list(getattr(config, "layer_types", None) or [])
+    first = sorted({kinds.index(kind) for kind in kinds})
+    depth = max(2, len(first))
+    if kinds:
+        values.layer_types = ([kinds[i] for i in first] * 2)[:depth]
+    values.num_hidden_layers = depth
+    values.vocab_size = VOCABULARY
+    if isinstance(getattr(config, "intermediate_size", None), int):
+        values.intermediate_size = 64
+    if getattr(config, "sliding_window", None):
+        values.sliding_window = 7
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(values, name, None if name == "pad_token_id" else 0)
+    return config
+
+
+def _bounds(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return positions, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths)
+
+
+def _difference(family: Family, model: nn.Module, plain: nn.Module, tokens: Tensor) -> str | None:
+    """Packed against alone, and against the model's own logits."""
+    head = family.head(model)
+    with torch.no_grad():
+        packed = family.hidden(model, tokens, *_bounds(LENGTHS))[0]
+        start = 0
+        for length in LENGTHS:
+            document = tokens[:, start : start + length]
+            states = packed[start : start + length]
+            alone = family.hidden(model, document, *_bounds((length,)))[0]
+            if _far(states, alone):
+                return "a packed document gets other states than alone"
+            logits: Tensor = cast("Any", plain)(input_ids=document, use_cache=False).logits[0]
+            if _far(head(states), logits):
+                return "its logits are not its head's output on its last states"
+            start += length
+    return None
+
+
+def _far(got: Tensor, wanted: Tensor) -> bool:
+    scale = max(1.0, float(wanted.abs().max()))
+    return got.shape != wanted.shape or not bool(((got - wanted).abs() < TOLERANCE * scale).all())
+
+
+def _crossing(family: Family, model: nn.Module, tokens: Tensor) -> str | None:
+    """The second document's gradient in the embeddings of the others."""
+    embedded: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        embedded.append(output)
+
+    hook = family.embedding(model).register_forward_hook(keep)
+    states = family.hidden(model, tokens, *_bounds(LENGTHS))[0]
+    hook.remove()
+    start, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
+    loss = states[start:end].square().sum()
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    gradient = gradient.reshape(sum(LENGTHS), -1)
+    if bool(gradient[:start].any()) or bool(gradient[end:].any()):
+        return "a document's loss has a gradient in its neighbours"
+    if not bool(gradient[start:end].any()):
+        return "a document's loss has no gradient in its own embeddings"
+    return None
