@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from flame import cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,3 +39,21 @@ def test_the_data_plane_in_another_loop_goes_on_where_it_stopped(
 def test_an_example_is_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert path.read_text().count("\n") < 60, path
+
+
+def test_a_model_of_ones_own_trains_resumes_and_is_held_to_its_code(write_recipe, tmp_path: Path) -> None:
+    module = tmp_path / "own_model.py"
+    module.write_text(
+        (EXAMPLES / "own_model.py").read_text().replace("4096, width: int = 128", "384, width: int = 32")
+    )
+    config = f'config = "{tmp_path / "gla.json"}"'
+    recipe = write_recipe(steps=8, replaced={config: f'module = "{module}"'})
+    assert cli.run(["train", str(recipe)]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert cli.run(["export", str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "model.py").exists()
+    module.write_text(module.read_text() + "\n# changed\n")
+    assert cli.run(["resume", str(tmp_path / "run"), "--run.steps", "9"]) == 1

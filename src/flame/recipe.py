@@ -88,6 +88,8 @@ def check(recipe: Recipe, origin: str) -> None:
     ]:
         if value is not None and value < 1:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
+    if not recipe.model.config and recipe.model.module is None:
+        raise RecipeError(f"{origin}: model: give config, or module for a model of your own")
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
     plan = recipe.plan
@@ -119,8 +121,10 @@ def make_absolute(recipe: Recipe) -> None:
     recipe.run.directory = str(Path(recipe.run.directory).absolute())
     if recipe.tokenizer.path != BYTES:
         recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
-    if Path(recipe.model.config).exists() or recipe.model.config.endswith(".json"):
+    if recipe.model.config and (Path(recipe.model.config).exists() or recipe.model.config.endswith(".json")):
         recipe.model.config = _absolute(recipe.model.config)
+    if recipe.model.module is not None:
+        recipe.model.module = _absolute(recipe.model.module)
     for source in recipe.data.sources:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
         if source.dataset is not None and Path(source.dataset).is_dir():

@@ -203,17 +203,18 @@ class Guest:
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
     """The model, parallelised, with its initial weights and its optimizer."""
-    config = load_config(recipe.model.config)
+    origin = recipe.model.module or recipe.model.config
+    config = load_config(recipe.model.config, recipe.model.module)
     family = family_of(config)
     if catalog.vocab_size > config.vocab_size:
         raise ModelError(
-            f"{recipe.model.config}: vocab_size is {config.vocab_size}, but the tokenizer "
+            f"{origin}: vocab_size is {config.vocab_size}, but the tokenizer "
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
-    model = build_model(recipe.model.config, config)
+    model = build_model(origin, config)
     with_loss = LossModule(model, family.hidden, family.head(model))
     layout = resolve_layout(recipe.parallel, world.size)
     mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
@@ -269,7 +270,7 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, ste
     for name, old, new in differing(extra["model"], model_record(guest.config)):
         raise ModelError(
             f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
-            f"in {recipe.model.config}"
+            f"in {recipe.model.module or recipe.model.config}"
         )
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)

@@ -30,7 +30,7 @@ def export_run(run: Path, step: int | None, to: Path, dtype: str) -> int:
     problem = next(problems(path), None)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}; choose another with --step: {saved_steps(run)}")
-    config = load_config(recipe.model.config)
+    config = load_config(recipe.model.config, recipe.model.module)
     write_export(read_model_tensors(path), config, Path(recipe.tokenizer.path), to, DTYPES[dtype])
     return step
 

@@ -35,6 +35,8 @@ def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed:
     """The prompt and up to `tokens` tokens more, by transformers' own `generate`."""
     disable_progress_bar()  # transformers draws one for every load
     model = cast("Any", load_exported(path))
+    if not hasattr(model, "generate"):
+        raise ModelError(f"{path}: a model of your own: flame generate writes with transformers' models only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     make: Any = AutoTokenizer.from_pretrained

@@ -10,8 +10,15 @@ from flame.schema import setting
 @dataclass
 class ModelConfig:
     config: str = setting(
-        help="a config.json, a directory that holds one, or a hub name; its model_type names the family",
+        "",
+        help="a config.json, a directory that holds one, or a hub name; its model_type names the family; "
+        "with module, a JSON file with the arguments of its Model, if it takes any",
         identity=False,  # a moved file is the same model: checkpoints know its content
+    )
+    module: str | None = setting(
+        None,
+        help="a Python file with a model of your own: class Model (see docs/models.md)",
+        identity=False,  # as above
     )
     compile: bool | None = setting(
         None,

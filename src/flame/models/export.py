@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from flame.errors import ModelError
 from flame.models import cpu
 from flame.models.build import build_on_meta
+from flame.models.families.own import OwnConfig, module_file, own_config
 from flame.models.registry import family_of, load_config
 from flame.models.zoo import quiet
 
+OWN_FILE = "model.py"  # the code of an own model, beside its weights
 MARK = "exported_by"  # a field of config.json that tells an export from any other folder
 
 TOKENIZER_FILES = (
@@ -73,12 +75,15 @@ def export(
 
 
 def load_exported(path: Path) -> nn.Module:
-    """The model of an export, on the CPU in its stored dtype, in evaluation mode, for generation.
+    """The model of an export, on the CPU in its stored dtype, in evaluation mode, for generation; an own
+    model's from the code beside its weights.
 
     Raises ModelError where the folder is none or cannot be loaded.
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no exported model: there is no config.json in it")
+    if (path / OWN_FILE).is_file():
+        return _load_own(path)
     family_of(load_config(str(path)))
     if not torch.cuda.is_available():
         cpu.install()
@@ -88,6 +93,23 @@ def load_exported(path: Path) -> nn.Module:
             model: nn.Module = load(str(path), dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be loaded: {error}") from None
+    return model.eval()
+
+
+def _load_own(path: Path) -> nn.Module:
+    arguments = json.loads((path / "config.json").read_text(encoding="utf-8")).get("arguments", {})
+    config = own_config(path / OWN_FILE, arguments)
+    model = build_on_meta(config)
+    state: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        state |= load_file(file)
+    try:
+        model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{path}: cannot be loaded: {error}") from None
+    missing = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if missing:
+        raise ModelError(f"{path}: cannot be loaded: it holds no {', '.join(missing)}")
     return model.eval()
 
 
@@ -131,6 +153,11 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -
 
 def _write_configs(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:
     written: Any = copy.deepcopy(config)
+    if isinstance(config, OwnConfig):
+        setattr(written, MARK, "flame")
+        written.save_pretrained(folder)
+        shutil.copyfile(module_file(config), folder / OWN_FILE)
+        return
     mapping = cast("Any", AutoModelForCausalLM)._model_mapping
     written.architectures = [mapping[type(config)].__name__]
     written.dtype = dtype

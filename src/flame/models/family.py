@@ -56,10 +56,12 @@ class Family:
     initialize: Initialize = own_rule
     layers: str = "model.layers"
     embedding_name: str = "model.embeddings"
+    head_name: str = "lm_head"
     undecayed: tuple[str, ...] = ()  # last names of matrices that are no weights of a product
     settings: tuple[tuple[str, Any], ...] = ()  # of the config, in training
     attention: str | None = None  # the attention implementation, for models that take it from transformers
     source: Literal["fla", "transformers", "a file"] = "fla"
+    make: Callable[[Any], nn.Module] | None = None  # builds on meta; None: through transformers
     cached: bool = True  # token by token with a cache it gives what it gives in parallel
     gpu: bool = False  # has been run on a GPU, with its kernels, against the same checks
 
@@ -67,6 +69,8 @@ class Family:
         """The model of `config` on the meta device, in float32; `config` stays as it is."""
         if not torch.cuda.is_available():
             cpu.install()
+        if self.make is not None:
+            return self.make(config)
         config = copy.deepcopy(config)
         for name, value in self.settings:
             setattr(config, name, value)
@@ -81,6 +85,8 @@ class Family:
 
     def blocks(self, model: nn.Module) -> list[Block]:
         """The repeated layers, in order, by fully qualified name."""
+        if self.make is not None and not isinstance(getattr(model, self.layers, None), nn.ModuleList):
+            return []  # an own model need not say what its blocks are
         stack = cast("nn.ModuleList", model.get_submodule(self.layers))
         return [(f"{self.layers}.{name}", block) for name, block in stack.named_children()]
 
@@ -90,7 +96,7 @@ class Family:
 
     def head(self, model: nn.Module) -> nn.Linear:
         """The layer from hidden states to logits."""
-        return cast("nn.Linear", model.get_submodule("lm_head"))
+        return cast("nn.Linear", model.get_submodule(self.head_name))
 
     def no_weight_decay(self, model: nn.Module) -> set[str]:
         """Names of the parameters without weight decay: biases, norms and all others that are vectors

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from flame.errors import ModelError, nearest
 from flame.models.families.fla import FLA_FAMILIES
 from flame.models.families.huggingface import HUGGINGFACE_FAMILIES, by_default_rules
+from flame.models.families.own import OwnConfig, own_config, own_family
 from flame.models.families.refused import REFUSED
 from flame.models.family import Family
 
@@ -28,12 +29,15 @@ def refused() -> dict[str, str]:
     return dict(REFUSED)
 
 
-def load_config(spec: str) -> PretrainedConfig:
-    """The config in a json file, in a directory that holds config.json, or of a model on the hub.
+def load_config(spec: str, module: str | None = None) -> PretrainedConfig:
+    """The config in a json file, in a directory that holds config.json, or of a model on the hub; with
+    `module`, of the own model in that file, with its arguments from the json file `spec`, if any.
 
     Raises ModelError: no such file, not a config, or a `model_type` that nobody knows.
     """
     path = Path(spec)
+    if module is not None:
+        return own_config(Path(module), path if spec else None)
     if path.is_dir():
         path = path / "config.json"
     if path.suffix == ".json" or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
@@ -74,6 +78,8 @@ def _hub_config(name: str) -> PretrainedConfig:
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a config: a registered one, or transformers' default rules where they are proven to
     hold for it. Raises ModelError where they do not, or where a family refuses a setting."""
+    if isinstance(config, OwnConfig):
+        return own_family(config)
     model_type = str(config.model_type)
     for family in FAMILIES:
         if model_type in family.model_types:

@@ -34,7 +34,15 @@ def problem(family: Family, config: PretrainedConfig) -> str | None:
         model: nn.Module = make(config, dtype=torch.float32, **options).eval()
         tokens = torch.randint(1, VOCABULARY, (1, sum(LENGTHS)))
     model.load_state_dict(plain.state_dict())
-    return _difference(family, model, plain, tokens) or _crossing(family, model, tokens)
+    return _apart(family, model, tokens) or _same_logits(family, model, plain, tokens)
+
+
+def packed_problem(family: Family, model: nn.Module) -> str | None:
+    """Why `model`, a small one of `family` on the CPU, does not keep packed documents apart, or None."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokens = torch.randint(0, family.head(model).out_features, (1, sum(LENGTHS)))
+    return _apart(family, model.float().eval(), tokens)
 
 
 def shallow(config: PretrainedConfig) -> PretrainedConfig:
@@ -62,22 +70,48 @@ def _bounds(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
     return positions, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths)
 
 
-def _difference(family: Family, model: nn.Module, plain: nn.Module, tokens: Tensor) -> str | None:
-    """Packed against alone, and against the model's own logits."""
+def _apart(family: Family, model: nn.Module, tokens: Tensor) -> str | None:
+    """Packed against alone, and the gradients between documents and from later tokens."""
+    embedded: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        embedded.append(output)
+
+    hooks = [
+        module.register_forward_hook(keep)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == family.head(model).out_features
+    ]
+    packed = family.hidden(model, tokens, *_bounds(LENGTHS))
+    for hook in hooks:
+        hook.remove()
+    if packed.shape[:2] != tokens.shape:
+        return f"states of shape {tuple(packed.shape)} for tokens of shape {tuple(tokens.shape)}"
+    packed = packed[0]
+    with torch.no_grad():
+        for start, end in _documents():
+            alone = family.hidden(model, tokens[:, start:end], *_bounds((end - start,)))[0]
+            if _far(packed[start:end], alone):
+                return "a packed document gets other states than alone"
+    if not embedded:
+        return "no embedding of its vocabulary's size takes part"
+    return _crossing(packed, embedded)
+
+
+def _documents() -> list[tuple[int, int]]:
+    ends = [sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _same_logits(family: Family, model: nn.Module, plain: nn.Module, tokens: Tensor) -> str | None:
+    """The head's output on the states against the model's own logits."""
     head = family.head(model)
     with torch.no_grad():
-        packed = family.hidden(model, tokens, *_bounds(LENGTHS))[0]
-        start = 0
-        for length in LENGTHS:
-            document = tokens[:, start : start + length]
-            states = packed[start : start + length]
-            alone = family.hidden(model, document, *_bounds((length,)))[0]
-            if _far(states, alone):
-                return "a packed document gets other states than alone"
-            logits: Tensor = cast("Any", plain)(input_ids=document, use_cache=False).logits[0]
+        for start, end in _documents():
+            states = family.hidden(model, tokens[:, start:end], *_bounds((end - start,)))[0]
+            logits: Tensor = cast("Any", plain)(input_ids=tokens[:, start:end], use_cache=False).logits[0]
             if _far(head(states), logits):
                 return "its logits are not its head's output on its last states"
-            start += length
     return None
 
 
@@ -86,22 +120,17 @@ def _far(got: Tensor, wanted: Tensor) -> bool:
     return got.shape != wanted.shape or not bool(((got - wanted).abs() < TOLERANCE * scale).all())
 
 
-def _crossing(family: Family, model: nn.Module, tokens: Tensor) -> str | None:
-    """The second document's gradient in the embeddings of the others."""
-    embedded: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        embedded.append(output)
-
-    hook = family.embedding(model).register_forward_hook(keep)
-    states = family.hidden(model, tokens, *_bounds(LENGTHS))[0]
-    hook.remove()
+def _crossing(packed: Tensor, embedded: list[Tensor]) -> str | None:
+    """The gradient of a part of the second document in all embeddings."""
     start, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
-    loss = states[start:end].square().sum()
-    (gradient,) = torch.autograd.grad(loss, embedded)
-    gradient = gradient.reshape(sum(LENGTHS), -1)
+    middle = start + LENGTHS[1] // 2
+    loss = packed[start:middle].square().sum()
+    gradients = torch.autograd.grad(loss, embedded, allow_unused=True, materialize_grads=True)
+    gradient = torch.stack([g.reshape(sum(LENGTHS), -1).abs().sum(-1) for g in gradients]).sum(0)
     if bool(gradient[:start].any()) or bool(gradient[end:].any()):
         return "a document's loss has a gradient in its neighbours"
-    if not bool(gradient[start:end].any()):
+    if bool(gradient[middle:end].any()):
+        return "a token's loss has a gradient in the tokens after it"
+    if not bool(gradient[start:middle].any()):
         return "a document's loss has no gradient in its own embeddings"
     return None
