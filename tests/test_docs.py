@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from models.test_model_registry import PARAMETERS
 
 from flame import schema
 from flame.cli import make_parser
@@ -85,6 +86,11 @@ def test_the_readmes_table_of_families_is_what_flame_models_prints() -> None:
     text = (ROOT / "README.md").read_text()
     (shown,) = re.findall(r"<!-- flame models --markdown -->\n(.*?)\n<!-- /flame models -->", text, re.DOTALL)
     assert shown == table([support(family) for family in families()]), "run: flame models --markdown"
+
+
+def test_the_page_on_models_has_every_config_with_its_parameters() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d,]+) \|", (ROOT / "docs/models.md").read_text(), re.MULTILINE)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == PARAMETERS
 
 
 def test_the_readmes_file_tree_is_the_repositorys() -> None:

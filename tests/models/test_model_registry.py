@@ -21,13 +21,31 @@ from flame.models.zoo import fla_models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 
-# the figure for the transformer is fla-org/flame's own
+# mistral_7B, qwen3_0.6B, rwkv7_450M and rwkv7_1.5B have as many as their published weights
 PARAMETERS = {
-    "transformer_340M": 373_867_520,
+    "delta_net_1.3B": 1_365_677_056,
+    "delta_net_340M": 374_362_112,
+    "gated_deltanet_1.3B": 1_387_348_732,
+    "gated_deltanet_410M": 413_047_292,
+    "gated_deltanet_510M": 512_272_124,
+    "gla_1.3B": 1_365_514_240,
     "gla_340M": 374_475_776,
-    "gated_deltanet_340M": 413_047_292,
-    "llama_60M": 58_073_600,
+    "gla_7B": 6_741_635_072,
+    "gsa_1.3B": 1_376_880_640,
+    "gsa_340M": 380_158_976,
+    "hgrn2_1.3B": 1_364_396_032,
+    "hgrn2_340M": 373_916_672,
     "llama_130M": 134_105_856,
+    "llama_60M": 58_073_600,
+    "mamba2_1.3B": 1_371_839_488,
+    "mamba2_340M": 382_387_712,
+    "mistral_7B": 7_241_732_096,
+    "qwen3_0.6B": 596_049_920,
+    "rwkv7_1.5B": 1_527_404_544,
+    "rwkv7_450M": 450_767_872,
+    "transformer_1.3B": 1_364_297_728,
+    "transformer_340M": 373_867_520,
+    "transformer_7B": 7_241_732_096,
 }
 
 
