@@ -119,6 +119,10 @@ SMALL = {
     "gsa-hybrid": _of("GSA", num_heads=2, num_slots=8, **_HYBRID),
     "hgrn2-hybrid": _of("HGRN2", num_heads=2, expand_ratio=16, **_HYBRID),
     "lightnet": _of("LightNet", num_heads=2, expand_ratio=16, gate_low_rank_dim=8),
+    "forgetting_transformer": _of("ForgettingTransformer", num_heads=4),
+    "forgetting_transformer-gqa": _of(
+        "ForgettingTransformer", num_heads=4, num_kv_heads=2, qk_norm=True, use_output_gate=True
+    ),
     "transformer": _transformer(),
     "transformer-gqa": _transformer(num_kv_heads=2, qk_norm=True, qkv_bias=True, window_size=7),
     "llama": _llama(),

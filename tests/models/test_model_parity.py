@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flame.models import cpu_attention as attention
 from flame.models import cpu_delta as delta
 from flame.models import cpu_linear as linear
 from flame.models import cpu_modules as modules
@@ -204,6 +205,23 @@ def test_retention_equals_flas_own_whole_matrix():
     parts = zip(*(x.transpose(1, 2).split(LENGTHS, 2) for x in inputs.values()), strict=True)
     wanted = torch.cat([naive(*part) for part in parts], 2).transpose(1, 2)
     _assert_same((out,), (wanted,), list(inputs.values()))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_forgetting_attention_equals_flas_own_whole_matrix(window):
+    naive = _naive("forgetting_attn.naive", "naive_forgetting_attn")
+    shapes = {"q": (4, K), "k": (H, K), "v": (H, K), "g": (4,)}
+    inputs = _made(Case(attention.parallel_forgetting_attn, naive, shapes, made={"g": _closed}))
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    out = attention.parallel_forgetting_attn(**inputs, window_size=window, cu_seqlens=bounds)
+    parts = zip(*(x.split(LENGTHS, 1) for x in inputs.values()), strict=True)
+    wanted = torch.cat([naive(*part, window_size=window) for part in parts], 1)
+    _assert_same((out,), (wanted,), list(inputs.values()))
+    if window is None:
+        decode = _naive("attn.naive", "naive_attn_decoding")
+        query = {**inputs, "q": inputs["q"][:, bounds[1:].long() - 1]}
+        last = attention.attn_decoding_one_step(**query, cu_seqlens=bounds)
+        torch.testing.assert_close(last, decode(**query, cu_seqlens=bounds), **TOLERANCE)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame.models import cpu_attention as attention
 from flame.models import cpu_delta as delta
 from flame.models import cpu_linear as linear
 from flame.models import cpu_modules as modules
@@ -82,6 +83,8 @@ REPLACED: list[tuple[str, str, Callable[..., Any]]] = [
         "fused_recurrent_gated_delta_rule",
         delta.fused_recurrent_gated_delta_rule,
     ),
+    ("layers.forgetting_attn", "parallel_forgetting_attn", attention.parallel_forgetting_attn),
+    ("layers.forgetting_attn", "attn_decoding_one_step", attention.attn_decoding_one_step),
     ("ops.lightnet.chunk", "fused_additive_gate", linear.fused_additive_gate),
     ("ops.lightnet.chunk", "chunk_gla", linear.chunk_gla),
     ("ops.lightnet.fused_recurrent", "fused_additive_gate", linear.fused_additive_gate),

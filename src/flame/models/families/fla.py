@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flame.models.families import initial, mamba2
+from flame.models.families import forgetting, initial, mamba2
 from flame.models.families.recurrent import layer_flops
 from flame.models.family import Family, Initialize, own_rule
 
@@ -123,6 +123,7 @@ def _family(
     )
 
 
+forgetting.install()
 mamba2.install()
 
 FLA_FAMILIES: tuple[Family, ...] = (
@@ -141,5 +142,6 @@ FLA_FAMILIES: tuple[Family, ...] = (
     _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses),
     _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses),
     _family("lightnet"),
+    _family("forgetting_transformer", initialize=own_rule),
     _family("transformer", compiles=True, gpu=True),
 )

@@ -16,7 +16,6 @@ REFUSED: dict[str, str] = {
     "cat": "it compresses chunks that know no documents; use transformer",
     "cyclic_flow_attention": _NOT_PROVEN + "use gsa",
     "deltaformer": _NOT_PROVEN + "use delta_net or transformer",
-    "forgetting_transformer": _NOT_PROVEN + "use transformer, or gla with attn.layers",
     "mesa_net": _NOT_PROVEN + "use gated_deltanet",
     "mla": _NOT_PROVEN + "use transformer",
     "moba": "its blocks of keys need a kernel that is not here; use transformer with window_size",
