@@ -12,7 +12,6 @@ from models.small_models import SMALL
 
 from flame.models.registry import families
 
-
 # one of each kind of layer in every run of the tests, the rest in `make test-all`: three seconds each
 QUICK = ("kda", "mamba2", "hgrn2", "rwkv7", "qwen3")
 NAMES = [

@@ -5,11 +5,12 @@ import pytest
 import torch
 from models.small_models import packed
 
-from flame.errors import ModelError
+from flame.errors import ModelError, RecipeError
 from flame.models.build import build_on_meta, initialize
 from flame.models.export import export, load_exported
 from flame.models.families.own import CHECKED_PARAMETERS
 from flame.models.registry import family_of, load_config
+from flame.recipe import read_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model.py"
 
@@ -144,6 +145,12 @@ def test_a_moved_file_is_the_same_model_and_a_changed_one_is_not(tmp_path, confi
     assert again.to_dict() == config.to_dict()
     moved.write_text(moved.read_text() + "\n# changed\n")
     assert _config(moved, tmp_path / "small.json").digest != config.digest
+
+
+def test_a_recipe_without_a_model_says_what_to_give(write_recipe, tmp_path):
+    recipe = write_recipe(replaced={f'config = "{tmp_path / "gla.json"}"': "compile = false"})
+    with pytest.raises(RecipeError, match="model: give config, or module"):
+        read_recipe(recipe)
 
 
 def test_an_own_models_export_carries_its_code_and_loads_again(tmp_path, config):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from models.small_models import SMALL, initialized
 
 from flame.models import cpu_attention as attention
 from flame.models import cpu_delta as delta
@@ -297,3 +298,16 @@ def test_norms_are_flas_own_references():
         ours = modules.rmsnorm_fn(x, weight, None, z, group_size=4, norm_before_gate=before)
         wanted = gated(x, weight, None, z, group_size=4, norm_before_gate=before)
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2-groups"])
+def test_mamba2_over_documents_is_flas_own_forward_of_each(name):
+    config = SMALL[name]
+    layer = initialized(config).backbone.layers[0].mixer
+    torch.manual_seed(9)
+    x = torch.randn(1, sum(LENGTHS), config.hidden_size, requires_grad=True)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    out = layer(x, cu_seqlens=bounds)[0]
+    wanted = torch.cat([layer.torch_forward(part)[0] for part in x.split(LENGTHS, 1)], 1)
+    inputs = [x, *(p for p in layer.parameters())]
+    _assert_same((out,), (wanted,), inputs)
