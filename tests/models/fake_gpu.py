@@ -1,4 +1,4 @@
-"""A Triton driver without a device: kernels are really compiled for compute capability 9.0, launches are noted."""
+"""A Triton driver without a device: kernels are really compiled, for an H100, and launches are noted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ class FakeUtils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+    def load_binary(
+        self, name: str, kernel: bytes, shared: int, device: int
+    ) -> tuple[int, int, int, int, int]:
         return 1, 2, 32, 0, 1024
 
     def unload_module(self, module: int) -> None:

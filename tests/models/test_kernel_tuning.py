@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from models.fake_gpu import FakeGpu
+from triton.runtime.driver import driver
 
 from flame.models import zoo  # fla first: it asks Triton's driver what it is
 from flame.models.kernel_choices import Choices, Key
 from flame.models.kernel_compiler import Compiler, wait
 from flame.models.kernels import FINAL_MS, FINALISTS, SCREENING_MS, Tuner, candidate, capture, installed
-from models.fake_gpu import FakeGpu
-from triton.runtime.driver import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION", "ignore::DeprecationWarning")
 FLA_CACHE = zoo.fla_module("ops.utils.cache")
 TRITON = "3.9.0"
+REPLACED = ("run", "_bench", "prune_configs", "check_disk_cache")
 
 
 @pytest.fixture
@@ -144,8 +145,14 @@ def test_fla_reads_the_files_with_its_own_loader(gpu: FakeGpu, compiler: Compile
 def test_tritons_autotuners_are_left_as_they_were(gpu: FakeGpu, compiler: Compiler) -> None:
     from triton.runtime.autotuner import Autotuner
 
-    before = {name: getattr(Autotuner, name) for name in ("run", "_bench", "prune_configs", "check_disk_cache")}
-    with installed(Tuner(Choices(), compiler, TRITON)) as tuner, pytest.raises(ValueError), tuner.rehearsing():
+    before = {
+        name: getattr(Autotuner, name) for name in ("run", "_bench", "prune_configs", "check_disk_cache")
+    }
+    with (
+        installed(Tuner(Choices(), compiler, TRITON)) as tuner,
+        pytest.raises(ValueError),
+        tuner.rehearsing(),
+    ):
         raise ValueError
     assert {name: getattr(Autotuner, name) for name in before} == before
 
@@ -220,8 +227,17 @@ def test_a_rank_that_waits_in_vain_tunes_and_the_first_answer_stays() -> None:
 
 
 def test_files_of_choices_survive_writers_at_once_and_damage(tmp_path: Path) -> None:
-    keys = [Key("m", "kernel", (n, "torch.float32")) for n in range(40)] + [Key("other", "kernel", (0, "torch.float32"))]
-    choice = {"kwargs": {}, "num_warps": 1, "num_stages": 1, "num_ctas": 1, "maxnreg": None, "ir_override": None}
+    keys = [Key("m", "kernel", (n, "torch.float32")) for n in range(40)] + [
+        Key("other", "kernel", (0, "torch.float32"))
+    ]
+    choice = {
+        "kwargs": {},
+        "num_warps": 1,
+        "num_stages": 1,
+        "num_ctas": 1,
+        "maxnreg": None,
+        "ir_override": None,
+    }
 
     def write(part: list[Key]) -> None:
         choices = Choices(save_to=[tmp_path])

@@ -98,8 +98,8 @@ def _files(folder: Path, compiled: dict[str, Path]) -> Iterator[tuple[str, Path]
         yield f"choices/{path.name}", path
     seen: set[str] = set()
     for note in notes:
+        yield f"{NEEDED}/{note.name}", note
         for part, names in cast("dict[str, list[str]]", json.loads(note.read_bytes())).items():
-            yield f"{NEEDED}/{note.name}", note
             for name in names:
                 path = compiled[part] / name
                 if f"{part}/{name}" in seen:
