@@ -1,7 +1,7 @@
 """Seconds from `flame train` to the end of the first step, with empty and with prepared kernel caches.
 
-    python benchmarks/cold_start.py configs/recipes/gla_340M.toml [--cases hook,unpacked,plain] [--limit 420] \
-        [--json results.jsonl] [--archive kernels.tar.zst] [--section.field VALUE ...]
+    python benchmarks/cold_start.py configs/recipes/gla_340M.toml [--cases hook,unpacked,plain] \
+        [--limit 420] [--json results.jsonl] [--archive kernels.tar.zst] [--section.field VALUE ...]
 
 Cases: `plain`: empty caches, Triton's own autotuning; `hook`: empty caches, as any user starts; `again`: with
 what `hook` left; `unpacked`: `kernels warm` and `pack` in one folder, then `unpack` into an empty one. A
