@@ -15,8 +15,8 @@ from packaging.version import Version
 from flame.errors import ModelError
 from flame.models.kernel_choices import SHIPPED, Platform, kernel_cache
 
-# fla's backward pass of the gated delta rule, and of the gated linear attention it shares with Mamba 2,
-# is wrong as these versions of Triton compile it for Hopper
+# fla's backward pass with a gate per head (its chunk_bwd_dqkwg) is wrong as these versions compile it for
+# Hopper, and fla refuses to run it there
 WRONG_ON_HOPPER = (Version("3.4.0"), Version("3.7.1"))  # from, up to but without
 GATED = ("gated_deltanet", "comba", "mom")
 
