@@ -68,6 +68,7 @@ def make_parser() -> Parser:
         add_status,
         add_report,
         add_models,
+        add_kernels,
         add_demo,
     ):
         add(commands)
@@ -195,6 +196,25 @@ def add_models(commands: Any) -> None:
     form = models.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object")
     form.add_argument("--markdown", action="store_true", help="the table as docs/models.md has it")
+
+
+def add_kernels(commands: Any) -> None:
+    summary = "make a GPU's kernels ready before training, and carry them to other machines"
+    kernels = commands.add_parser("kernels", help=summary, description=summary, allow_abbrev=False)
+    kernel_commands: Any = kernels.add_subparsers(required=True, metavar="COMMAND")
+    summary = "tune and compile all kernels that a recipe needs on this GPU"
+    takes = ("recipe", "flags", "nproc", "json")
+    warm = add_command(kernel_commands, "warm", summary, ("kernels", "warm"), takes)
+    warm.add_argument("recipe", metavar="RECIPE.toml")
+    warm.add_argument("--nproc", type=int, metavar="N", help="ranks that will train it (default: one a GPU)")
+    warm.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(warm, Recipe)
+    summary = "write the kernels of warmed recipes to one file, ARCHIVE.tar.zst or .tar.xz"
+    pack = add_command(kernel_commands, "pack", summary, ("kernels", "pack"), ("archive",))
+    pack.add_argument("archive", metavar="ARCHIVE")
+    summary = "put a file's kernels where training finds them; the GPU and versions must be the same"
+    unpack = add_command(kernel_commands, "unpack", summary, ("kernels", "unpack"), ("archive",))
+    unpack.add_argument("archive", metavar="ARCHIVE")
 
 
 def add_demo(commands: Any) -> None:

@@ -25,9 +25,12 @@ from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
 from flame.errors import DataError, Exit, FlameError, ModelError
+from flame.kernels import compute_dtype, fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
 from flame.models.flops import peak_flops
+from flame.models.kernel_platform import check_kernels
+from flame.models.kernels import Tuner
 from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
@@ -51,8 +54,6 @@ from flame.train.optimizer import build_optimizer
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards, WholeModel
 
-AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
-
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
     """Trains the recipe as this rank; the exit code. Raises FlameError for what the user can mend."""
@@ -62,7 +63,8 @@ def work(stop: Callable[[], bool], recipe_text: str) -> int:
     held: list[RunLock] = []
     world.from_rank_zero(lambda: take_directory(recipe, held))
     quiet_other_ranks(recipe, world)
-    code = run_rank(recipe, world, stop)
+    with kernels_of(world, recipe.directory) as tuner:
+        code = run_rank(recipe, world, stop, tuner)
     dist.destroy_process_group()
     for lock in held:
         lock.release()
@@ -97,8 +99,11 @@ def quiet_other_ranks(recipe: Recipe, world: World) -> None:
     os.close(log)
 
 
-def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
+def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit:
     """Builds data and model, loads what was saved, and trains."""
+    for note in check_kernels([load_config(recipe.model.config).model_type], world.device):
+        if world.rank == 0:
+            print(note, flush=True)
     data = open_data(recipe, world)
     guest = build_guest(recipe, world, data.catalog)
     step = newest_sound(recipe.directory, world.checkpoint)
@@ -114,6 +119,8 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool]) -> Exit:
 
     rows = micro_batch_rows(recipe, data.plan, world, saved)
     begin(recipe, world, guest, saved)
+    if tuner is not None:
+        rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
     journal, screen = None, None
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
@@ -169,20 +176,14 @@ def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Da
 
 def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved) -> list[int]:
     """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the number
-    of ranks is the same.
-
-    On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it.
-    """
-    if recipe.batch.micro_batch_rows is not None:
-        return [recipe.batch.micro_batch_rows] * len(plan.stages)
-    if saved.ranks == world.size and saved.micro_batch_rows is not None:
+    of ranks is the same."""
+    if (
+        saved.ranks == world.size
+        and saved.micro_batch_rows is not None
+        and recipe.batch.micro_batch_rows is None
+    ):
         return saved.micro_batch_rows
-    if world.device.type == "cpu":
-        return [1] * len(plan.stages)
-    return [
-        max(1, min(-(-stage.rows_per_step // world.size), AUTO_TOKENS // stage.sequence_length))
-        for stage in plan.stages
-    ]
+    return fresh_micro_batch_rows(recipe, plan, world.size, world.device)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -242,12 +243,6 @@ def build_model(path: str, config: Any) -> nn.Module:
     except Exception as error:  # a guest's constructor raises whatever it likes
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{path}: the model cannot be built from this config: {reason}; mend it") from error
-
-
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs, float32 on CPU, unless the recipe says otherwise."""
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.precision.compute or default]
 
 
 # -------------------------------------------------------------------------------------- resume

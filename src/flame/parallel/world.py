@@ -28,6 +28,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup  # the agreement before each step, and what is told at the start
     checkpoint: dist.ProcessGroup  # saves run in a thread of their own, so they need a group of their own
+    store: dist.Store  # of this attempt; keys of a package begin with its name
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, on every rank; its FlameError is raised on every rank."""
@@ -68,9 +69,10 @@ def join_world() -> World:
         timeout=timedelta(seconds=CONNECT_SECONDS),
         wait_for_workers=False,
     )
+    store = dist.PrefixStore(f"flame/attempt_{attempt}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(f"flame/attempt_{attempt}", store),
+        store=store,
         rank=rank,
         world_size=size,
         device_id=device if on_gpu else None,
@@ -78,7 +80,7 @@ def join_world() -> World:
     control, checkpoint = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(checkpoint, dist.ProcessGroup)
-    return World(rank, size, local_rank, device, control, checkpoint)
+    return World(rank, size, local_rank, device, control, checkpoint, store)
 
 
 def _adopt_slurm() -> None:
