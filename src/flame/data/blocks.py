@@ -18,6 +18,8 @@ ROUNDS = 6  # of the Feistel network
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 MASK = 2**64 - 1
 
+Range = tuple[int, int, int]  # file, start, stop
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -31,11 +33,14 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.file)
 
-    def units(self, blocks: np.ndarray) -> int:
+    def ranges(self, blocks: np.ndarray) -> list[Range]:
+        """Some of the blocks."""
+        places = (self.file[blocks].tolist(), self.start[blocks].tolist(), self.stop[blocks].tolist())
+        return list(zip(*places, strict=True))
+
+    def units(self, ranges: list[Range]) -> int:
         """How much of the source these blocks are: documents, or else bytes or rows."""
-        if self.each_document:
-            return len(blocks)
-        return int((self.stop[blocks] - self.start[blocks]).sum())
+        return len(ranges) if self.each_document else sum(stop - start for _, start, stop in ranges)
 
     @property
     def all_units(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
-from flame.data.blocks import Blocks
+from flame.data.blocks import Blocks, Range
 from flame.data.formats import Bad, Format, text_of
 from flame.data.plan import DataPlan
+from flame.data.raw import is_url
 from flame.data.sources import Source, document_id
 from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
@@ -34,6 +35,7 @@ CURSOR = (
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
+NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _cursor_values = attrgetter(*CURSOR)
 
@@ -70,7 +72,7 @@ class Document:
     part: int | None  # where the text was split
     ends_record: bool
     text: str | Bad
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # int32 [tokens]
+    tokens: np.ndarray  # int32 [tokens]
 
 
 class Exhausted:
@@ -91,6 +93,7 @@ class SourceReader:
         self.source, self.plan, self.max_epochs = source, plan, max_epochs
         self._generations = generations or [(0, source.blocks)]
         self.format: Format = source.open()
+        self._remote = any(is_url(file.path) for file in source.files)
         self.key = blocks.name_key(source.name)
 
     def blocks(self, epoch: int) -> Blocks:
@@ -103,22 +106,20 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
+    def records(self, group: list[Range]) -> list[tuple[int, int, bytes | Bad | None]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.blocks(epoch), list[tuple[int, int, bytes | Bad | None]]()
-        where = zip(
-            cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
-        )
-        for file, start, stop in where:
-            read = self.format.read(file, start, stop)
-            found += [(file, position, content) for position, content in read]
-        return found
+        read = self.format.read
+        return [
+            (file, position, content)
+            for file, start, stop in group
+            for position, content in read(file, start, stop)
+        ]
 
-    def expect(self, epoch: int, group: np.ndarray) -> None:
+    def expect(self, group: list[Range]) -> None:
         """Some blocks will be read soon."""
-        cut = self.blocks(epoch)
-        for block in group:
-            self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
+        if self._remote:
+            for file, start, stop in group:
+                self.format.expect(file, start, stop)
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
@@ -142,6 +143,7 @@ class Stream:
         self.skips: list[Skip] = []  # since somebody last took them
         self._tokenizer = tokenizer
         self._ahead: deque[Document | Exhausted] = deque()
+        self._found_text = False  # in the group that is read
         self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
 
     @property
@@ -225,17 +227,18 @@ class Stream:
         """All documents from a place on. `skipped` documents of the first group are passed."""
         barren = 0  # units of groups in a row that hold no text
         for epoch, group, chosen in self._groups(first_epoch, first_group):
-            text = skipped > 0
-            for document in islice(self._in_group(epoch, group, chosen), skipped, None):
-                text = text or isinstance(document.text, str)
-                yield document
+            self._found_text = skipped > 0
+            yield from islice(self._in_group(epoch, group, chosen), skipped, None)
             skipped = 0
+            if self._found_text:
+                barren = 0
+                continue
             held = self.reader.blocks(epoch)
-            barren = 0 if text else barren + held.units(chosen)
+            barren += held.units(chosen)
             if barren >= held.all_units:
                 yield Exhausted()
 
-    def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, list[Range]]]:
         """(epoch, group, its blocks) from a place on."""
         plan, size = self.reader.plan, self.reader.plan.group_blocks
         while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
@@ -243,27 +246,29 @@ class Stream:
             for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
+                ranges = self.reader.blocks(epoch).ranges(order)
                 for at in range(0, count, size):
-                    self.reader.expect(epoch, order[at + size : at + 2 * size])
-                    yield epoch, (first + at) // size, order[at : at + size]
+                    self.reader.expect(ranges[at + size : at + 2 * size])
+                    yield epoch, (first + at) // size, ranges[at : at + size]
             epoch, group = epoch + 1, 0
 
-    def _in_group(self, epoch: int, group: int, chosen: np.ndarray) -> Iterator[Document]:
+    def _in_group(self, epoch: int, group: int, chosen: list[Range]) -> Iterator[Document]:
         """The documents of a group, permuted; the parts of a long one stay together, in order."""
         reader = self.reader
-        records = reader.records(epoch, chosen)
+        records = reader.records(chosen)
         key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
         number = 0
         for i in blocks.shuffled(len(records), key, reader.key).tolist():
             file, position, content = records[i]
             text = text_of(reader.format, content)
             if isinstance(text, Bad):
-                yield Document(epoch, group, number, position, file, None, True, text)
+                yield Document(epoch, group, number, position, file, None, True, text, NO_TOKENS)
                 number += 1
                 continue
-            parts = list(split_text(text))
+            self._found_text = True
+            parts = split_text(text)
             for part, piece in enumerate(parts):
                 name = part if len(parts) > 1 else None
                 ends = part == len(parts) - 1
-                yield Document(epoch, group, number, position, file, name, ends, piece)
+                yield Document(epoch, group, number, position, file, name, ends, piece, NO_TOKENS)
                 number += 1
