@@ -83,19 +83,24 @@ class Files:
         self._frames = FrameMemory(KEPT_BYTES)
 
     def __getitem__(self, file: int) -> View:
-        view = self._open.pop(file, None)
-        if view is None:
-            if len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            view = open_view(self._files[file], self._access, self._frames)
-        self._open[file] = view
+        view = self._open.get(file)
+        if view is not None:
+            self._open.move_to_end(file)
+            return view
+        if len(self._open) >= OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        view = self._open[file] = open_view(self._files[file], self._access, self._frames)
         return view
 
     def read_exactly(self, file: int, start: int, length: int) -> bytes:
         content = self[file].read(start, length)
         if len(content) < length:
-            raise shrunk(self._files[file].path, start + len(content), start + length)
+            raise self.shrunk(file, start + len(content), start + length)
         return content
+
+    def shrunk(self, file: int, found: int, expected: int) -> DataError:
+        """The error of a file that ends before it should."""
+        return shrunk(self._files[file].path, found, expected)
 
     def __del__(self) -> None:
         for view in self._open.values():

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
-from flame.data.blocks import Blocks, Range
+from flame.data.blocks import Blocks, Draws, Range
 from flame.data.formats import Bad, Format, text_of
 from flame.data.plan import DataPlan
 from flame.data.raw import is_url
@@ -73,6 +74,16 @@ class Document:
     ends_record: bool
     text: str | Bad
     tokens: np.ndarray  # int32 [tokens]
+
+
+class Group(NamedTuple):
+    """G blocks of a lane, whose documents are permuted together."""
+
+    epoch: int
+    number: int
+    ranges: list[Range]
+    key: int  # of the permutation
+    draws: Draws
 
 
 class Exhausted:
@@ -217,7 +228,7 @@ class Stream:
                 length += len(document.text)
             if length >= wanted:
                 break
-        parts = [(str(d.text), not d.part, d.ends_record) for d in taken]
+        parts = [(cast("str", d.text), not d.part, d.ends_record) for d in taken]
         for document, tokens in zip(taken, self._tokenizer.encode_parts(parts), strict=True):
             document.tokens, document.text = tokens, ""
 
@@ -226,20 +237,20 @@ class Stream:
     def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
         """All documents from a place on. `skipped` documents of the first group are passed."""
         barren = 0  # units of groups in a row that hold no text
-        for epoch, group, chosen in self._groups(first_epoch, first_group):
+        for group in self._groups(first_epoch, first_group):
             self._found_text = skipped > 0
-            yield from islice(self._in_group(epoch, group, chosen), skipped, None)
+            yield from islice(self._in_group(group), skipped, None)
             skipped = 0
             if self._found_text:
                 barren = 0
                 continue
-            held = self.reader.blocks(epoch)
-            barren += held.units(chosen)
+            held = self.reader.blocks(group.epoch)
+            barren += held.units(group.ranges)
             if barren >= held.all_units:
                 yield Exhausted()
 
-    def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, list[Range]]]:
-        """(epoch, group, its blocks) from a place on."""
+    def _groups(self, epoch: int, group: int) -> Iterator[Group]:
+        """The groups from a place on."""
         plan, size = self.reader.plan, self.reader.plan.group_blocks
         while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
             positions = blocks.positions_of_lane(len(self.reader.blocks(epoch)), self.lane, plan.lanes)
@@ -247,28 +258,39 @@ class Stream:
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
                 ranges = self.reader.blocks(epoch).ranges(order)
-                for at in range(0, count, size):
+                numbers = range(first // size, (first + count - 1) // size + 1)
+                for number, key, draws in zip(numbers, *self._draws(epoch, numbers), strict=True):
+                    at = number * size - first
                     self.reader.expect(ranges[at + size : at + 2 * size])
-                    yield epoch, (first + at) // size, ranges[at : at + size]
+                    yield Group(epoch, number, ranges[at : at + size], key, draws)
             epoch, group = epoch + 1, 0
 
-    def _in_group(self, epoch: int, group: int, chosen: list[Range]) -> Iterator[Document]:
-        """The documents of a group, permuted; the parts of a long one stay together, in order."""
+    def _draws(self, epoch: int, groups: range) -> tuple[list[int], list[Draws]]:
+        """The keys of the orders of some groups, and their first draws: for many at once, because groups
+        are small where each document is a block."""
         reader = self.reader
-        records = reader.records(chosen)
-        key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
+        keys = blocks.mix_each(
+            reader.plan.seed, epoch, np.arange(groups.start, groups.stop, dtype=np.uint64), self.lane
+        )
+        draws = blocks.philox_block(keys, reader.key)
+        return keys.tolist(), list(zip(*(word.tolist() for word in draws), strict=True))
+
+    def _in_group(self, group: Group) -> Iterator[Document]:
+        """The documents of a group, permuted; the parts of a long one stay together, in order."""
+        reader, epoch = self.reader, group.epoch
+        records = reader.records(group.ranges)
         number = 0
-        for i in blocks.shuffled(len(records), key, reader.key).tolist():
+        for i in blocks.shuffled_by(group.draws, len(records), group.key, reader.key):
             file, position, content = records[i]
             text = text_of(reader.format, content)
-            if isinstance(text, Bad):
-                yield Document(epoch, group, number, position, file, None, True, text, NO_TOKENS)
-                number += 1
-                continue
-            self._found_text = True
-            parts = split_text(text)
+            parts: Sequence[str | Bad] = (text,)
+            if isinstance(text, str):
+                self._found_text = True
+                parts = split_text(text)
+            last = len(parts) - 1
             for part, piece in enumerate(parts):
-                name = part if len(parts) > 1 else None
-                ends = part == len(parts) - 1
-                yield Document(epoch, group, number, position, file, name, ends, piece, NO_TOKENS)
+                name = part if last else None
+                yield Document(
+                    epoch, group.number, number, position, file, name, part == last, piece, NO_TOKENS
+                )
                 number += 1
