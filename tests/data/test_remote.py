@@ -14,8 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from data.test_compressed import STORED
 
-from flame.data import remote
+from flame.data import files, remote
 from flame.data.cache import Access
 from flame.data.catalog import fingerprint, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -129,6 +130,26 @@ def test_remote_files_give_the_rows_of_local_ones(
     assert rows(tmp_path, folder, f"{server.url}/{name}") == local
 
 
+@pytest.mark.parametrize("name", STORED)
+def test_a_compressed_file_is_cut_alike_wherever_it_lies(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (server.root / name).write_bytes(STORED[name](PLAIN))
+    access = Access(str(tmp_path / "cache"))
+    remote_file = look(name, f"{server.url}/{name}")
+    for largest in (4000, 2**24):  # also where a frame is too large to be a block
+        monkeypatch.setattr(files, "LARGEST_FRAME", largest)
+        local = JsonLines([server.root / name], "text", access)
+        far = JsonLines([remote_file], "text", access)
+        assert far.decoded_bytes(0) == local.decoded_bytes(0)
+        for block_bytes in (1000, 7000):
+            for ours, theirs in zip(far.ranges(0, block_bytes), local.ranges(0, block_bytes), strict=True):
+                assert ours.tolist() == theirs.tolist()
+    server.requests.clear()
+    JsonLines([remote_file], "text", access).ranges(0, 7000)
+    assert len(server.requests) <= 1, "the frames are found once, and remembered"
+
+
 def test_a_chunk_is_fetched_once_per_node_and_ahead(server: Server, tmp_path: Path) -> None:
     (server.root / "a.jsonl").write_bytes(PLAIN)
     file = look("a.jsonl", f"{server.url}/a.jsonl")
@@ -230,7 +251,8 @@ def test_a_bucket_gives_the_rows_of_a_folder(bucket: str, folder: Path, tmp_path
     (tmp_path / "data").mkdir()
     write_formats(tmp_path / "data")
     fsspec.filesystem("s3").put(str(tmp_path / "data") + "/", f"{bucket}/data/", recursive=True)
-    for files in ("data/*.jsonl", "data/a.parquet", "data/*.gz"):
-        assert rows(tmp_path, folder, f"{bucket}/{files}") == rows(tmp_path, folder, str(tmp_path / files))
+    for pattern in ("data/*.jsonl", "data/a.parquet", "data/*.gz"):
+        local = rows(tmp_path, folder, str(tmp_path / pattern))
+        assert rows(tmp_path, folder, f"{bucket}/{pattern}") == local
     with pytest.raises(DataError, match=r"bucket/none/\*.jsonl.*no file matches"):
         rows(tmp_path, folder, f"{bucket}/none/*.jsonl")

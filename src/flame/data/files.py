@@ -27,6 +27,7 @@ from flame.data.compressed import (
     decode_stream,
     estimated_size,
     read_table,
+    remembered_frames,
     walk_frames,
     write_frames,
 )
@@ -174,12 +175,16 @@ def open_view(file: SourceFile, access: Access, memory: FrameMemory) -> View:
 
 
 def _frames(file: SourceFile, raw: RawFile, access: Access) -> Frames | None:
-    """The frames of a zstd file; None where only decoding it would show them. Raises Undecodable."""
+    """The frames of a zstd file; None where only decoding it would show them. Raises Undecodable.
+
+    A remote file without a table of them is fetched whole to find them, once per node: its blocks must be
+    those of the same file on a disk.
+    """
     found = read_table(raw)
-    if found is not None or is_url(file.path):  # to walk a remote file would be to fetch it
+    if found is not None:
         return found
     try:
-        return walk_frames(raw)
+        return remembered_frames(raw, access.cache, file.key) if is_url(file.path) else walk_frames(raw)
     except Undecodable:
         if not access.skip_corrupt:
             raise
