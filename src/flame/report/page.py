@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from flame.data.plan import DataPlan
 from flame.recipe import Recipe
 from flame.report.attempts import Attempt, Mark, attempts_of, marks_of, steps_of_events
 from flame.report.history import Event, History, StepRecord
@@ -210,14 +209,14 @@ def sources_table(history: History) -> str:
     heads = ["tokens", "share", "by weight", "documents", "epochs", "skipped", "cut"]
     caption = (
         "Since the run began. By weight: the share that the weights ask for, those of the phases until now. "
-        "Epochs: those that every lane has finished. Skipped: records without text. Cut: documents cut by packing."
+        "Epochs: finished by every lane. Skipped: records without text. Cut: documents cut by packing."
     )
     return section("Sources", caption, table(["source", *(number(h, "th") for h in heads)], rows))
 
 
 def shares_by_weight(recipe: Recipe, tokens: int) -> dict[str, float]:
     """The share of a run's first `tokens` that each source's weight asks for, phase by phase."""
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
     ends = [*(stage.first_token for stage in plan.stages[1:]), tokens]
     asked = [0.0] * len(recipe.data.sources)
     for stage, end in zip(plan.stages, ends, strict=True):
