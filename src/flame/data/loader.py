@@ -75,7 +75,7 @@ class Loader:
             for lane in sorted(wanted)
         }
         self._owned = [lane for lane in self._lanes if lane % world == rank]
-        self.state_seconds = 0.0  # spent in taking the states of all steps made
+        self.state_seconds = 0.0  # of the processor, spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(
@@ -168,10 +168,10 @@ class Loader:
                 window = lane.next_window()
                 if number in needed:  # else in another stage
                     windows[number] = window
-            begun = time.perf_counter()
+            begun = time.thread_time()
             owned = {lane: windows[lane] for lane in self._owned}
             states = WindowStates(owned, plan.lanes, len(self.columns))
-            self.state_seconds += time.perf_counter() - begun
+            self.state_seconds += time.thread_time() - begun
             end = start + plan.steps_in_window(index)
             for step in range(next_step, end):
                 yield self._assemble(share, step, step - start, windows, states)
@@ -201,9 +201,9 @@ class Loader:
         filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
         rows += [filler] * (share.micro_batches * size - len(rows))
-        begun = time.perf_counter()
+        begun = time.thread_time()
         state = states.after(used + lane_rows)
-        self.state_seconds += time.perf_counter() - begun
+        self.state_seconds += time.thread_time() - begun
         records = np.zeros((len(sources), 2), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
