@@ -71,6 +71,12 @@ class SourceConfig:
         identity=True,
         parse=parse_count,
     )
+    documents: str = setting(
+        "file",
+        help="plain text: a document is a file, or a paragraph; lines of white space separate paragraphs",
+        identity=True,
+        choices=("file", "paragraph"),
+    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from flame.data.config import SourceConfig
 from flame.data.files import look, open_raw
 from flame.data.formats import Format
 from flame.data.lines import JsonLines, PlainText
+from flame.data.paragraphs import Paragraphs
 from flame.data.raw import HASHED, SourceFile, is_url
 from flame.data.remote import list_url
 from flame.data.saved import ArrowTable, hub_files, saved_files
@@ -27,6 +28,7 @@ FORMATS: dict[str, type[Format]] = {
     "parquet": Parquet,
     "arrow": ArrowTable,
     "text": PlainText,
+    "paragraphs": Paragraphs,
 }
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 SUPPORTED = (
@@ -63,10 +65,17 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
         raise RecipeError(f'data.sources: source "{config.name}": give it files or dataset, one of the two')
     found = list_files(config, base) if config.files else hub_files(config, base)
     format_name = _format_of(config.name, [path for _, path in found])
+    if config.documents == "paragraph":
+        if format_name != "text":
+            raise RecipeError(
+                f'data.sources: source "{config.name}": documents = "paragraph" is for plain text; '
+                f"its files are {format_name}"
+            )
+        format_name = "paragraphs"
     looked = [look(name, path) for name, path in found]
     notes: list[str] = []
     empty = [file.path for file in looked if not file.size]
-    if empty and (format_name != "text" or len(empty) == len(looked)):
+    if empty and (format_name not in ("text", "paragraphs") or len(empty) == len(looked)):
         raise DataError(f'source "{config.name}": {empty[0]}: the file is empty; remove it or put it back')
     if empty:
         notes.append(f'source "{config.name}": {len(empty)} empty files hold no document')
