@@ -32,7 +32,8 @@ class BenchResult:
     steps: int
     tokens: int  # through the loader
     tokens_per_second: float  # of the loader: raw text to batches
-    tokenizer_tokens_per_second: float  # of the tokenizer alone: the same calls, in the same process
+    tokenizer_tokens_per_second: float | None  # of it alone: the same calls, in the same process; None
+    # where every source holds token ids
     cpu_share: float  # processor seconds a second of the loader; above 1 where threads help
     first_rows_seconds: float  # of a fresh run, tokenizer and files opened
     resume_seconds: float  # to the first row at a random later step
@@ -40,10 +41,14 @@ class BenchResult:
     state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
     state_microseconds: float  # to take it, a step
     memory_mib: float  # most that the process held
+    only_text: bool  # whether no source holds token ids
 
     @property
-    def share_of_tokenizer(self) -> float:
-        """How much of the tokenizer's own speed comes through the loader."""
+    def share_of_tokenizer(self) -> float | None:
+        """How much of the tokenizer's own speed comes through the loader; None where that says nothing, as
+        some tokens come from sources of ids."""
+        if self.tokenizer_tokens_per_second is None or not self.only_text:
+            return None
         return self.tokens_per_second / self.tokenizer_tokens_per_second
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         steps=steps,
         tokens=tokens,
         tokens_per_second=tokens / loader_seconds,
-        tokenizer_tokens_per_second=raw_tokens / raw_seconds,
+        tokenizer_tokens_per_second=raw_tokens / raw_seconds if raw_tokens else None,
         cpu_share=cpu / loader_seconds,
         first_rows_seconds=first_rows,
         resume_seconds=_resume(catalog, plan, ranks, state, after),
@@ -112,6 +117,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
         state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
         memory_mib=memory,
+        only_text=not any(source.holds_ids for source in catalog.sources),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flame.data import blocks
 from flame.data.blocks import Blocks
-from flame.data.cache import Access
+from flame.data.cache import Access, Vocabulary
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.sample import sample_texts
@@ -72,7 +72,8 @@ def open_catalog(
     if tokenizer_config.path != BYTES:
         tokenizer_path = base / tokenizer_path.expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
-    sources = _open_checked(data_config, plan, base)
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
+    sources = _open_checked(data_config, data_config.sources, plan, base, vocabulary)
     for source in sources:
         _check_lanes(source, plan)
     if backend != "tokenizers":
@@ -83,18 +84,28 @@ def open_catalog(
 
 
 def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
-    """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
+    """The sources of text of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
     _check_settings(data_config.sources)
-    return _open_checked(data_config, plan, base)
+    configs = [config for config in data_config.sources if not config.ids]
+    if not configs:
+        raise RecipeError("data.sources: every source holds token ids, and none the text that this needs")
+    return _open_checked(data_config, configs, plan, base, None)
 
 
-def _open_checked(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
+def _open_checked(
+    data_config: DataConfig,
+    configs: list[SourceConfig],
+    plan: DataPlan,
+    base: Path,
+    vocabulary: Vocabulary | None,
+) -> tuple[Source, ...]:
     access = Access(
         data_config.cache_directory and str(base / Path(data_config.cache_directory).expanduser()),
         data_config.cache_bytes,
         data_config.skip_corrupt_blocks,
+        vocabulary,
     )
-    return tuple(open_source(config, base, plan.lanes, access) for config in data_config.sources)
+    return tuple(open_source(config, base, plan.lanes, access) for config in configs)
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flame.data.blocks import name_key
 from flame.data.catalog import Catalog
 from flame.data.formats import Bad, Format, text_of
+from flame.data.split import content_key
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
@@ -36,7 +36,7 @@ class SourceReport:
     records: int = 0
     documents: int = 0
     tokens: int = 0
-    characters: int = 0
+    characters: int = 0  # none of token ids
     over_length: int = 0  # documents longer than a row
     lengths: list[int] = field(default_factory=lambda: [0] * POWERS)  # [i]: documents of 2^i to 2^(i+1) - 1
     bad: int = 0  # records without text
@@ -147,7 +147,7 @@ class Scanner:
         if number not in self._readers:
             self._readers[number] = source.open()
         reader, report = self._readers[number], SourceReport(source.name)
-        texts: list[str] = []
+        texts: list[str | np.ndarray] = []
         hashes: list[int] = []
         held = 0
         for block in range(first, end):
@@ -169,7 +169,7 @@ class Scanner:
                         report.named.append(f"{source.files[file].path}, {place}: {text.reason}")
                     continue
                 texts.append(text)
-                hashes.append(name_key(text))
+                hashes.append(content_key(text))
                 held += len(text)
                 if held > ENCODED_CHARACTERS:
                     self._measure(texts, report)
@@ -178,10 +178,25 @@ class Scanner:
         self._measure(texts, report)
         return number, end - first, report, np.array(hashes, dtype=np.uint64)
 
-    def _measure(self, texts: Sequence[str], report: SourceReport) -> None:
+    def _measure(self, documents: Sequence[str | np.ndarray], report: SourceReport) -> None:
         """Count documents, characters, tokens and lengths in."""
-        if not texts:
+        if not documents:
             return
+        texts = [text for text in documents if isinstance(text, str)]
+        added = 1 + (self._tokenizer.bos_id is not None)
+        of_ids = [len(ids) + added for ids in documents if not isinstance(ids, str)]
+        lengths = np.concatenate([self._text_lengths(texts), np.array(of_ids, dtype=np.int64)])
+        report.documents += len(documents)
+        report.characters += sum(map(len, texts))
+        report.tokens += int(lengths.sum())
+        report.over_length += int((lengths > self._sequence_length).sum())
+        classes = np.bincount(np.log2(lengths).astype(np.int64), minlength=POWERS)
+        report.lengths = [a + int(b) for a, b in zip(report.lengths, classes, strict=True)]
+
+    def _text_lengths(self, texts: list[str]) -> np.ndarray:
+        """The tokens of each text: int64 [texts]."""
+        if not texts:
+            return np.zeros(0, dtype=np.int64)
         parts: list[tuple[str, bool, bool]] = []
         firsts: list[int] = []
         for text in texts:
@@ -190,13 +205,7 @@ class Scanner:
             last = len(pieces) - 1
             parts += [(piece, i == 0, i == last) for i, piece in enumerate(pieces)]
         counts = np.array([len(ids) for ids in self._tokenizer.encode_parts(parts)], dtype=np.int64)
-        lengths = np.add.reduceat(counts, np.array(firsts))
-        report.documents += len(texts)
-        report.characters += sum(map(len, texts))
-        report.tokens += int(lengths.sum())
-        report.over_length += int((lengths > self._sequence_length).sum())
-        classes = np.bincount(np.log2(lengths).astype(np.int64), minlength=POWERS)
-        report.lengths = [a + int(b) for a, b in zip(report.lengths, classes, strict=True)]
+        return np.add.reduceat(counts, np.array(firsts))
 
 
 # ---------------------------------------------------------------------------------- duplicates

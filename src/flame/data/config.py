@@ -77,6 +77,21 @@ class SourceConfig:
         identity=True,
         choices=("file", "paragraph"),
     )
+    ids: bool = setting(
+        False,
+        help="the files hold ids of this recipe's tokenizer: .parquet or .arrow with a column of lists, "
+        ".npy, or .bin, Megatron's with its .idx or a flat one; EOS is put where it is missing",
+        identity=True,
+    )
+    ids_column: str | None = setting(
+        None, help='the column of ids; left out: "input_ids", else "tokens", else "token_ids"', identity=True
+    )
+    ids_dtype: str | None = setting(
+        None,
+        help='of a flat .bin, which has no .idx: nanoGPT writes "uint16"',
+        identity=True,
+        choices=("uint16", "uint32", "int32", "int64"),
+    )
 
 
 @dataclass

@@ -13,7 +13,8 @@ import numpy as np
 from flame.batch import Skip
 from flame.data import blocks
 from flame.data.blocks import Blocks
-from flame.data.formats import Bad, Format, text_of
+from flame.data.formats import Bad, Content, Format, text_of
+from flame.data.ids import BYTES_PER_ID, split_ids, with_ends
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
 from flame.data.tokens import PartsEncoder, split_text
@@ -69,7 +70,7 @@ class Document:
     file: int
     part: int | None  # where the text was split
     ends_record: bool
-    text: str | Bad
+    text: str | np.ndarray | Bad  # or its token ids
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # int32 [tokens]
 
 
@@ -103,9 +104,9 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
+    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, Content]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.blocks(epoch), list[tuple[int, int, bytes | Bad | None]]()
+        cut, found = self.blocks(epoch), list[tuple[int, int, Content]]()
         where = zip(
             cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
         )
@@ -213,6 +214,14 @@ class Stream:
             if isinstance(document.text, str):
                 taken.append(document)
                 length += len(document.text)
+            elif isinstance(document.text, np.ndarray):
+                length += BYTES_PER_ID * len(document.text)
+                vocabulary = self.reader.source.access.vocabulary
+                assert vocabulary is not None
+                document.tokens = with_ends(
+                    document.text, not document.part, document.ends_record, vocabulary
+                )
+                document.text = ""
             if length >= wanted:
                 break
         parts = [(str(d.text), not d.part, d.ends_record) for d in taken]
@@ -227,7 +236,7 @@ class Stream:
         for epoch, group, chosen in self._groups(first_epoch, first_group):
             text = skipped > 0
             for document in islice(self._in_group(epoch, group, chosen), skipped, None):
-                text = text or isinstance(document.text, str)
+                text = text or not isinstance(document.text, Bad)
                 yield document
             skipped = 0
             held = self.reader.blocks(epoch)
@@ -261,7 +270,7 @@ class Stream:
                 yield Document(epoch, group, number, position, file, None, True, text)
                 number += 1
                 continue
-            parts = list(split_text(text))
+            parts = split_ids(text) if isinstance(text, np.ndarray) else list(split_text(text))
             for part, piece in enumerate(parts):
                 name = part if len(parts) > 1 else None
                 ends = part == len(parts) - 1
