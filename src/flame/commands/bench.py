@@ -7,7 +7,6 @@ from pathlib import Path
 
 from flame.data.bench import bench as measure
 from flame.data.catalog import open_catalog
-from flame.data.plan import DataPlan
 from flame.errors import Exit, RecipeError
 from flame.recipe import read_recipe
 
@@ -19,7 +18,7 @@ def bench(path: str, flags: dict[str, str], ranks: int, seconds: float, as_json:
     if not seconds > 0:
         raise RecipeError(f"--seconds: found {seconds}, expected more than 0")
     recipe = read_recipe(Path(path), flags)
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     got = measure(catalog, plan, ranks, seconds)
     if as_json:

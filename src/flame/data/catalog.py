@@ -16,6 +16,7 @@ from flame.data.blocks import Blocks
 from flame.data.cache import Access, Vocabulary
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
+from flame.data.raw import SourceFile
 from flame.data.sample import sample_texts
 from flame.data.sources import Source, open_source
 from flame.data.streams import SourceReader
@@ -150,6 +151,7 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
         "packing": "best fit decreasing",
+        **({"validation_fraction": plan.validation_fraction} if plan.validation_fraction else {}),
         "tokenizer": catalog.tokenizer_identity,
         "sources": [
             {
@@ -158,15 +160,19 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
                 "format": source.format,
                 "text": source.field,
                 "files": [
-                    {"name": file.name, "size": file.size, "hash": file.hash}
-                    | ({"first_epoch": joined[file.name]} if file.name in joined else {})
+                    _file_print(file) | ({"first_epoch": joined[file.name]} if file.name in joined else {})
                     for file in source.files
                 ],
             }
+            | ({"validation": [_file_print(file) for file in source.validation]} if source.validation else {})
             for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
             for joined in [catalog.joined.get(source.name, {})]
         ],
     }
+
+
+def _file_print(file: SourceFile) -> dict[str, Any]:
+    return {"name": file.name, "size": file.size, "hash": file.hash}
 
 
 def stage_print(stage: Stage, sources: list[str]) -> dict[str, Any]:
@@ -221,9 +227,9 @@ def _name(pair: list[Any], index: int) -> str:
 
 
 def check_skipped(catalog: Catalog, records_total: np.ndarray, max_fraction: float) -> None:
-    """Stop a run whose data are bad. `records_total`: int64 [sources, 2], records passed (the skipped
-    ones included) and skipped, summed over all ranks and steps. Raises DataError naming the source."""
-    for source, (records, skipped) in zip(catalog.sources, records_total.tolist(), strict=True):
+    """Stop a run whose data are bad. `records_total`: int64 [sources, 3], records passed, and of them
+    skipped and held out, summed over all ranks and steps. Raises DataError naming the source."""
+    for source, (records, skipped, _) in zip(catalog.sources, records_total.tolist(), strict=True):
         if records >= FIRST_RECORDS and skipped > max_fraction * records:
             raise DataError(
                 f'source "{source.name}": {skipped} of {records} records hold no text, more than '

@@ -16,6 +16,7 @@ import numpy as np
 
 from flame.data.catalog import Catalog
 from flame.data.formats import Bad, Format, text_of
+from flame.data.plan import DataPlan
 from flame.data.split import content_key
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
@@ -26,6 +27,8 @@ NAMED = 5  # bad records and unreadable blocks of a source that are named
 POWERS = 40  # of two: the classes of the histogram of lengths
 PARTITIONS = 64  # of the hashes: as little as that at a time is sorted in memory
 HELD_HASHES = 2**22  # in memory, before they go to disk
+
+COUNTS = ("records", "documents", "tokens", "characters", "over_length", "bad", "held_out", "unreadable")
 
 
 @dataclass
@@ -40,13 +43,23 @@ class SourceReport:
     over_length: int = 0  # documents longer than a row
     lengths: list[int] = field(default_factory=lambda: [0] * POWERS)  # [i]: documents of 2^i to 2^(i+1) - 1
     bad: int = 0  # records without text
+    held_out: int = 0  # documents for validation, counted nowhere else here but among the duplicates
     unreadable: int = 0  # blocks that cannot be read at all
     named: list[str] = field(default_factory=list[str])  # the first of both: file, place, reason
     duplicates: int = 0  # documents whose whole text an earlier one of this source has
 
     def add(self, other: SourceReport) -> None:
         """Count in what comes next in the source."""
-        for name in ("records", "documents", "tokens", "characters", "over_length", "bad", "unreadable"):
+        for name in (
+            "records",
+            "documents",
+            "tokens",
+            "characters",
+            "over_length",
+            "bad",
+            "held_out",
+            "unreadable",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
         self.named = (self.named + other.named)[:NAMED]
@@ -59,7 +72,7 @@ class Report:
 
 
 def check_sources(
-    catalog: Catalog, sequence_length: int, processes: int, progress: Callable[[int, int], None]
+    catalog: Catalog, plan: DataPlan, processes: int, progress: Callable[[int, int], None]
 ) -> Report:
     """Read all sources. `progress`: called with (blocks done, blocks in all).
 
@@ -69,7 +82,7 @@ def check_sources(
     total, done = sum(len(source.blocks) for source in catalog.sources), 0
     with tempfile.TemporaryDirectory(prefix="flame-check-") as folder:
         hashes = Hashes(Path(folder), len(reports))
-        for source, blocks, found, texts in _scan(catalog, sequence_length, processes):
+        for source, blocks, found, texts in _scan(catalog, plan, processes):
             reports[source].add(found)
             hashes.add(source, texts)
             done += blocks
@@ -94,15 +107,15 @@ def _tasks(catalog: Catalog) -> Iterator[Task]:
             yield number, first, min(count, first + size)
 
 
-def _scan(catalog: Catalog, sequence_length: int, processes: int) -> Iterator[Result]:
+def _scan(catalog: Catalog, plan: DataPlan, processes: int) -> Iterator[Result]:
     """The results of all tasks in order, some of them computed ahead."""
     tasks = _tasks(catalog)
     if processes == 1:
-        scanner = Scanner(catalog, sequence_length)
+        scanner = Scanner(catalog, plan)
         yield from map(scanner, tasks)
         return
     with ProcessPoolExecutor(
-        processes, get_context("spawn"), initializer=_begin, initargs=(catalog, sequence_length)
+        processes, get_context("spawn"), initializer=_begin, initargs=(catalog, plan)
     ) as pool:
         ahead: deque[Future[Result]] = deque()
         for task in islice(tasks, 4 * processes):
@@ -124,9 +137,9 @@ def _scan(catalog: Catalog, sequence_length: int, processes: int) -> Iterator[Re
 _scanners: list[Scanner] = []  # the one of this process
 
 
-def _begin(catalog: Catalog, sequence_length: int) -> None:
+def _begin(catalog: Catalog, plan: DataPlan) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"  # there is a process for each core already
-    _scanners[:] = [Scanner(catalog, sequence_length)]
+    _scanners[:] = [Scanner(catalog, plan)]
 
 
 def _scan_one(task: Task) -> Result:
@@ -136,8 +149,9 @@ def _scan_one(task: Task) -> Result:
 class Scanner:
     """Reads blocks and counts what they hold."""
 
-    def __init__(self, catalog: Catalog, sequence_length: int) -> None:
-        self._catalog, self._sequence_length = catalog, sequence_length
+    def __init__(self, catalog: Catalog, plan: DataPlan) -> None:
+        self._catalog, self._sequence_length = catalog, plan.stages[0].sequence_length
+        self._fraction = plan.validation_fraction
         self._tokenizer: Tokenizer = catalog.load_tokenizer()
         self._readers: dict[int, Format] = {}
 
@@ -168,8 +182,11 @@ class Scanner:
                         place = reader.place(file, position)
                         report.named.append(f"{source.files[file].path}, {place}: {text.reason}")
                     continue
-                texts.append(text)
                 hashes.append(content_key(text))
+                if hashes[-1] < self._fraction * 2**64:
+                    report.held_out += 1
+                    continue
+                texts.append(text)
                 held += len(text)
                 if held > ENCODED_CHARACTERS:
                     self._measure(texts, report)

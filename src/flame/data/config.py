@@ -77,6 +77,12 @@ class SourceConfig:
         identity=True,
         choices=("file", "paragraph"),
     )
+    validation: list[str] = setting(
+        [],
+        help="files of documents that are held out of training, named like files, among them or elsewhere",
+        identity=False,  # the fingerprint knows them
+        parse=parse_strings,
+    )
     ids: bool = setting(
         False,
         help="the files hold ids of this recipe's tokenizer: .parquet or .arrow with a column of lists, "
@@ -91,6 +97,21 @@ class SourceConfig:
         help='of a flat .bin, which has no .idx: nanoGPT writes "uint16"',
         identity=True,
         choices=("uint16", "uint32", "int32", "int64"),
+    )
+
+
+@dataclass
+class ValidationConfig:
+    fraction: float = setting(
+        0.0,
+        help="of the documents of all sources that is never trained, chosen by a hash of what they say",
+        identity=True,
+    )
+    tokens: int | None = setting(
+        None,
+        help="most that is read of what is held out; left out: all of it",
+        identity=False,
+        parse=parse_count,
     )
 
 

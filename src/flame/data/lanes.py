@@ -19,7 +19,8 @@ from flame.errors import DataError
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
 UNKNOWN = 0  # the hash of a window whose files have changed by permission
-RECORDS, SKIPPED = (CURSOR.index(name) - len(CURSOR) for name in ("records", "skipped"))
+RECORDS = CURSOR.index("records") - len(CURSOR)
+COUNTED = slice(RECORDS, RECORDS + 3)  # records, skipped, held_out
 
 
 def state_columns(sources: Sequence[str]) -> list[str]:
@@ -45,7 +46,7 @@ class Window:
     rows: tuple[PackedRow, ...]  # fewer where the lane ends
     ended: bool  # whether the lane had ended before
     start: tuple[Cursor, ...]  # of each source
-    records: np.ndarray  # int64 [sources, 2]: records passed (the skipped ones included), and skipped
+    records: np.ndarray  # int64 [sources, 3]: records passed, and of them skipped and held out
     skips: tuple[Skip, ...]
     hash: int  # int64, of all tokens
     end: tuple[int, ...]  # the lane's row of the data state when all rows are used
@@ -55,12 +56,11 @@ class Window:
         if row == self.size:
             return list(self.end)
         values = [self.index, row, self.hash if row else 0, int(self.ended)]
-        for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
+        for cursor, counted in zip(self.start, self.records.tolist(), strict=True):
             values += cursor.values()
             if row:  # what a begun window passed has been reported
                 values[-1] = self.end[len(values) - 1]
-                values[RECORDS] += records
-                values[SKIPPED] += skipped
+                values[COUNTED] = [a + b for a, b in zip(values[COUNTED], counted, strict=True)]
         return values
 
 
@@ -102,9 +102,10 @@ class Lane:
         if self._row:
             self._check_resumed(window_hash, documents)
             for cursors in (start, [stream.cursor for stream in self._streams]):
-                for cursor, (passed, skipped) in zip(cursors, records.tolist(), strict=True):
+                for cursor, (passed, skipped, held_out) in zip(cursors, records.tolist(), strict=True):
                     cursor.records -= passed  # the state had counted them already
                     cursor.skipped -= skipped
+                    cursor.held_out -= held_out
             self._row = 0
         self.window_index += 1
         return Window(index, size, made, ended, start, records, skips, window_hash, tuple(self.state()))
@@ -128,7 +129,7 @@ class Lane:
         """Exactly the window's tokens, or all that are left, turn by turn: the documents as (source,
         document), their pieces, the records and the skips."""
         length, most = stage.sequence_length, stage.max_document_length
-        before = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        before = [s.cursor.counted for s in self._streams]
         given = [stream.cursor.phase_tokens for stream in self._streams]
         weights = [0.0 if s.ended else w for s, w in zip(self._streams, stage.weights, strict=True)]
         documents: list[tuple[int, Document]] = []
@@ -157,7 +158,7 @@ class Lane:
             stream.give(turn)
             given[source] += turn
             need -= turn
-        after = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        after = [s.cursor.counted for s in self._streams]
         skips: list[Skip] = []
         for stream in self._streams:
             skips += stream.skips

@@ -192,7 +192,7 @@ class Loader:
         for lane in self._owned:
             state[lane] = windows[lane].state(used + lane_rows)
         self.state_seconds += time.perf_counter() - begun
-        records = np.zeros((len(self._catalog.sources), 2), dtype=np.int64)
+        records = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
             for lane in self._owned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flame.data import blocks as cutting
@@ -65,6 +65,7 @@ class Source:
     blocks: Blocks
     notes: tuple[str, ...]  # what was chosen without being asked, for the log
     access: Access = LOCAL
+    validation: tuple[SourceFile, ...] = ()  # files that are held out of training
 
     @property
     def holds_ids(self) -> bool:
@@ -82,7 +83,12 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
         raise RecipeError(f'data.sources: source "{config.name}": give it files or dataset, one of the two')
     _check_ids_settings(config)
     found = list_files(config, base) if config.files else hub_files(config, base)
-    format_name = _format_of(config, [path for _, path in found])
+    apart = list_files(replace(config, files=config.validation), base) if config.validation else []
+    apart_paths = {path for _, path in apart}
+    found = [(name, path) for name, path in found if path not in apart_paths]
+    if not found:
+        raise DataError(f'source "{config.name}": validation names all of its files; leave some to train on')
+    format_name = _format_of(config, [path for _, path in found + apart])
     if config.documents == "paragraph":
         if format_name != "text":
             raise RecipeError(
@@ -92,6 +98,9 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
         format_name = "paragraphs"
     look_at = look_with_index if format_name == "megatron ids" else look
     looked = [look_at(name, path) for name, path in found]
+    validation = tuple(file for file in (look_at(name, path) for name, path in apart) if file.size)
+    if apart and not validation:
+        raise DataError(f'source "{config.name}": {apart[0][1]}: the validation files are empty')
     notes: list[str] = []
     empty = [file.path for file in looked if not file.size]
     if empty and (format_name not in ("text", "paragraphs") or len(empty) == len(looked)):
@@ -105,7 +114,9 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
     source_blocks = cut(FORMATS[format_name](files, field, access), len(files), lanes)
     if not len(source_blocks):
         raise DataError(f'source "{config.name}": {files[0].path}: no documents in its {len(files)} file(s)')
-    return Source(config.name, config.weight, format_name, field, files, source_blocks, tuple(notes), access)
+    return Source(
+        config.name, config.weight, format_name, field, files, source_blocks, tuple(notes), access, validation
+    )
 
 
 def cut(reader: Format, files: int, lanes: int) -> Blocks:

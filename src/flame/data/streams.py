@@ -17,6 +17,7 @@ from flame.data.formats import Bad, Content, Format, text_of
 from flame.data.ids import BYTES_PER_ID, split_ids, with_ends
 from flame.data.plan import DataPlan
 from flame.data.sources import Source, document_id
+from flame.data.split import is_held_out
 from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
@@ -29,9 +30,11 @@ CURSOR = (
     "phase_tokens",
     "records",
     "skipped",
+    "held_out",
     "cut",
     "begun",
 )
+HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
@@ -51,8 +54,14 @@ class Cursor:
     phase_tokens: int = 0  # given since the weights last changed
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
+    held_out: int = 0  # of them, documents for validation
     cut: int = 0  # 1 where the document here has been cut already
     begun: int = 0  # the last epoch that was begun, at the end of the window that is open
+
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """Records passed, and of them skipped and held out."""
+        return self.records, self.skipped, self.held_out
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -168,13 +177,15 @@ class Stream:
             if isinstance(head, Exhausted):
                 raise DataError(
                     f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
-                    f"source holds and found no text in any of them{self._last_reason()}"
+                    f"source holds and found {self._why_none()}"
                 )
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
             at.begun = at.epoch
             if len(head.tokens):
                 return head
-            if isinstance(head.text, Bad):
+            if head.text is HELD_OUT:
+                at.held_out += 1
+            elif isinstance(head.text, Bad):
                 at.skipped += 1
                 self.skips.append(self.reader.skip_of(head))
             self._pass(head)
@@ -195,11 +206,13 @@ class Stream:
         self.cursor.document = head.number + 1
         self.cursor.offset = self.cursor.cut = 0
 
-    def _last_reason(self) -> str:
+    def _why_none(self) -> str:
+        if self.cursor.held_out:
+            return "none to train on; all are held out: lower validation.fraction"
         if not self.skips:
-            return ""
+            return "no text in any of them"
         last = self.skips[-1]
-        return f"; the last: {last.file}, {last.place}: {last.reason}"
+        return f"no text in any of them; the last: {last.file}, {last.place}: {last.reason}"
 
     def _tokenize(self, expected_tokens: int) -> None:
         """Append the next documents, at least one unless there is none: about as many tokens as are
@@ -241,7 +254,7 @@ class Stream:
             skipped = 0
             held = self.reader.blocks(epoch)
             barren = 0 if text else barren + held.units(chosen)
-            if barren >= held.all_units:
+            if barren >= held.all_units and not self.reader.plan.validates:
                 yield Exhausted()
 
     def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -266,6 +279,13 @@ class Stream:
         for i in blocks.shuffled(len(records), key, reader.key).tolist():
             file, position, content = records[i]
             text = text_of(reader.format, content)
+            fraction = reader.plan.validation_fraction
+            if fraction and not isinstance(text, Bad):
+                apart = is_held_out(text, fraction)
+                if reader.plan.validates and not apart:
+                    continue  # nearly all documents: they are not even counted
+                if apart and not reader.plan.validates:
+                    text = HELD_OUT
             if isinstance(text, Bad):
                 yield Document(epoch, group, number, position, file, None, True, text)
                 number += 1
