@@ -134,6 +134,16 @@ def test_any_cut_of_a_column_of_lists_holds_every_row_once(
         assert reader.decoded_bytes(0) > 0
 
 
+@pytest.mark.parametrize("dtype", [pyarrow.int64(), pyarrow.uint16()])
+def test_an_id_counts_as_four_bytes_however_it_is_stored(tmp_path: Path, dtype: Any) -> None:
+    table = pyarrow.table({"input_ids": pyarrow.array([[7] * 500] * 100, pyarrow.list_(dtype))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert ParquetIds([tmp_path / "a.parquet"], "input_ids", ACCESS).decoded_bytes(0) == 4 * 50_000
+    assert ArrowIds([tmp_path / "a.arrow"], "input_ids", ACCESS).decoded_bytes(0) == 4 * 50_000
+
+
 def test_what_a_document_of_ids_is() -> None:
     both = Vocabulary(SIZE, EOS, 1)
     core = ids.checked(np.array([1, 9, EOS, 9, EOS], dtype=np.uint16), both)

@@ -12,14 +12,12 @@ import pyarrow
 from flame.data.cache import LOCAL, Access
 from flame.data.files import as_files
 from flame.data.formats import Bad, Record
-from flame.data.ids import checked
+from flame.data.ids import BYTES_PER_ID, checked
 from flame.data.raw import SourceFile
 from flame.data.saved import ArrowTable, arrow_schema
 from flame.data.tables import Parquet, parquet_schema
 
 arrow = cast("Any", pyarrow)
-
-LISTS = arrow.large_list(arrow.int64())
 
 
 def holds_ids(kind: Any) -> bool:
@@ -30,8 +28,8 @@ def holds_ids(kind: Any) -> bool:
 
 
 def arrays_of(column: Any) -> list[np.ndarray | Bad | None]:
-    """The rows of a column of lists: int64 [ids] each."""
-    lists = column.cast(LISTS, safe=False)  # what does not fit is outside any vocabulary
+    """The rows of a column of lists: [ids] each, of the dtype that is stored."""
+    lists = column.cast(arrow.large_list(column.type.value_type))
     values, offsets = lists.values, lists.offsets.to_numpy()
     missing = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
     ids = values.fill_null(0).to_numpy()
@@ -60,7 +58,13 @@ def checked_rows(records: Sequence[Record], access: Access) -> list[Record]:
 class ParquetIds(Parquet):
     """A list of ids a row."""
 
-    KIND = LISTS
+    width = 2  # an id of 8 bytes counts as 4 of text
+
+    def text_bytes(self, chunk: Any) -> int:
+        return BYTES_PER_ID * chunk.num_values  # what is stored may be a byte an id
+
+    def as_read(self, column: Any) -> Any:
+        return column.cast(arrow.large_list(column.type.value_type))
 
     @staticmethod
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
@@ -83,6 +87,9 @@ class ArrowIds(ArrowTable):
     @staticmethod
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
         return [field.name for field in arrow_schema(as_files([path])[0], access) if holds_ids(field.type)]
+
+    def decoded_bytes(self, file: int) -> int:
+        return BYTES_PER_ID * sum(len(chunk.flatten()) for chunk in self._column(file)[0])
 
     def read(self, file: int, start: int, stop: int) -> list[Record]:
         return checked_rows(super().read(file, start, stop), self._access)

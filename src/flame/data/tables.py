@@ -34,7 +34,7 @@ CACHED_BYTES = 256 * 2**20  # of decoded row groups, per source
 class Parquet:
     """A document a row; a range is in rows of the file, within one row group."""
 
-    KIND = arrow.large_binary()  # of the column, when it is read
+    width = 1  # bytes in memory for a byte of text
 
     def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
         self._files_read, self._field = as_files(paths), field
@@ -94,6 +94,14 @@ class Parquet:
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
 
+    def text_bytes(self, chunk: Any) -> int:
+        """The size of a chunk of the column by its metadata."""
+        return chunk.total_uncompressed_size
+
+    def as_read(self, column: Any) -> Any:
+        """The column in the type that `contents` takes."""
+        return column.cast(arrow.large_binary())
+
     def contents(self, column: Any) -> list[Any]:
         """The rows of a piece of the column."""
         return column.to_pylist()
@@ -109,7 +117,7 @@ class Parquet:
             group = metadata.row_group(g)
             columns = (group.column(c) for c in range(group.num_columns))
             stored = (c for c in columns if f"{c.path_in_schema}.".startswith(f"{self._field}."))
-            size = sum(c.total_uncompressed_size for c in stored)
+            size = sum(self.text_bytes(c) for c in stored)
             found.append((int(group.num_rows), int(size)))
         return found
 
@@ -134,7 +142,7 @@ class Parquet:
         if column is None:
             column = self._decode(file, group)
             self._cached_bytes += column.nbytes
-            while self._groups and self._cached_bytes > CACHED_BYTES:
+            while self._groups and self._cached_bytes > self.width * CACHED_BYTES:
                 self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         self._groups[file, group] = column
         return column
@@ -144,7 +152,7 @@ class Parquet:
         path = self._paths[file]
         try:
             table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
-            return table.column(self._field).cast(self.KIND, safe=False).combine_chunks()
+            return self.as_read(table.column(self._field)).combine_chunks()
         except (arrow.ArrowException, OSError, KeyError) as error:
             raw = open_raw(path)
             found, expected = raw.size, self._files_read[file].size
