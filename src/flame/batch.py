@@ -97,7 +97,8 @@ class StepRows:
     counts: Counts
     records: (
         np.ndarray
-    )  # int64 [sources, 2]: records passed and skipped in windows that begin here, by lanes this rank owns
+    )  # int64 [sources, 3]: records passed, and of them skipped and held out for validation, in windows that
+    # begin here, by lanes this rank owns
     skips: tuple[Skip, ...]  # the same records' names
     sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources

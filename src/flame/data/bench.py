@@ -32,9 +32,11 @@ class BenchResult:
     steps: int
     tokens: int  # through the loader
     tokens_per_second: float  # of the loader: raw text to batches
-    tokenizer_tokens_per_second: float  # of the tokenizer alone: the same calls, in the same process
-    share_of_tokenizer: float  # seconds of the tokenizer alone over the loader's, for the same calls
-    processor_share: float  # the same of processor time, which other work on the machine changes little
+    tokenizer_tokens_per_second: float | None  # of it alone: the same calls, in the same process; None
+    # where every source holds token ids
+    share_of_tokenizer: float | None  # seconds of the tokenizer alone over the loader's, for the same calls;
+    # None where that says nothing, as some tokens come from sources of ids
+    processor_share: float | None  # the same of processor time, which other work hardly changes
     cpu_share: float  # processor seconds a second of the loader; above 1 where threads help
     first_rows_seconds: float  # of a fresh run, tokenizer and files opened
     resume_seconds: float  # to the first row at a random later step
@@ -42,6 +44,7 @@ class BenchResult:
     state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
     state_microseconds: float  # of the processor, to take it, a step
     memory_mib: float  # most that the process held
+    only_text: bool  # whether no source holds token ids
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -95,15 +98,16 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         2**20 if sys.platform == "darwin" else 2**10
     )
     before, after = chosen.choice(kept)
+    only_text = not any(source.holds_ids for source in catalog.sources)
     state = DataState(before.step + 1, before.state, loader.columns, fingerprint(catalog, plan))
     return BenchResult(
         ranks=ranks,
         steps=steps,
         tokens=tokens,
         tokens_per_second=tokens / loader_seconds,
-        tokenizer_tokens_per_second=raw_tokens / raw_seconds,
-        share_of_tokenizer=raw_seconds / loader_seconds,
-        processor_share=raw_cpu / cpu,
+        tokenizer_tokens_per_second=raw_tokens / raw_seconds if raw_tokens else None,
+        share_of_tokenizer=raw_seconds / loader_seconds if only_text else None,
+        processor_share=raw_cpu / cpu if only_text else None,
         cpu_share=cpu / loader_seconds,
         first_rows_seconds=first_rows,
         resume_seconds=_resume(catalog, plan, ranks, state, after),
@@ -111,6 +115,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
         state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
         memory_mib=memory,
+        only_text=only_text,
     )
 
 

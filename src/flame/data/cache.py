@@ -15,12 +15,20 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from flame.errors import DataError
 
 DEFAULT_BYTES = 64 * 2**30
 SUFFIX, PART, LOCK = ".block", ".part", ".lock"
+
+
+class Vocabulary(NamedTuple):
+    """What a recipe's tokenizer makes of token ids."""
+
+    size: int  # the largest id + 1
+    eos: int
+    bos: int | None  # where it is put before each document
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,7 @@ class Access:
     cache_directory: str | None = None  # None: a directory of the user's
     cache_bytes: int = DEFAULT_BYTES  # that the cache may hold on one node
     skip_corrupt: bool = False  # an undecodable frame or row group becomes a skipped record
+    vocabulary: Vocabulary | None = None  # for files of token ids; None where no tokenizer is known
 
     @property
     def cache(self) -> BlockCache:

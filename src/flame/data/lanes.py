@@ -13,9 +13,9 @@ from flame.data import blocks
 from flame.data.mixture import next_source
 from flame.data.packing import Piece, pack
 from flame.data.plan import DataPlan, Stage
-from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
+from flame.data.streams import COUNTED, CURSOR, Cursor, Document, SourceReader, Stream
 from flame.data.tokens import PartsEncoder
-from flame.data.windows import LANE_COLUMNS, RECORDS, SKIPPED, PackedRows, Window
+from flame.data.windows import LANE_COLUMNS, PackedRows, Window, every
 from flame.errors import DataError
 
 NEVER = np.iinfo(np.int64).max  # the offset of a cut that is not there
@@ -58,12 +58,11 @@ class Lane:
         window_hash = int.from_bytes(digest.digest(), "little", signed=True)
         if self._row:
             self._check_resumed(window_hash, documents)
-            for stream, (passed, skipped) in zip(self._streams, records.tolist(), strict=True):
-                stream.cursor.records -= passed  # the state had counted them already
-                stream.cursor.skipped -= skipped
             before = np.array(start)
-            before[RECORDS] -= records[:, 0]
-            before[SKIPPED] -= records[:, 1]
+            for i, name in enumerate(COUNTED):  # the state had counted them already
+                before[every(name)] -= records[:, i]
+                for stream, counts in zip(self._streams, records.tolist(), strict=True):
+                    setattr(stream.cursor, name, getattr(stream.cursor, name) - counts[i])
             start, self._row = before.tolist(), 0
         self.window_index += 1
         return Window(index, size, rows, start, self.state(), records, skips, window_hash)
@@ -84,9 +83,9 @@ class Lane:
     def _fill(self, stage: Stage, rows: int) -> tuple[Documents, list[Piece], np.ndarray, tuple[Skip, ...]]:
         """Exactly the window's tokens, or all that are left: the documents, their pieces, the records and the
         skips."""
-        before = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        before = [s.cursor.counted for s in self._streams]
         documents, pieces = self._take_turns(stage, rows * stage.sequence_length)
-        after = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
+        after = [s.cursor.counted for s in self._streams]
         skips: list[Skip] = []
         for stream in self._streams:
             skips += stream.skips

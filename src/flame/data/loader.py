@@ -18,6 +18,7 @@ from flame.data.catalog import Catalog, open_readers
 from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
+from flame.data.streams import COUNTED
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
@@ -204,7 +205,7 @@ class Loader:
         begun = time.thread_time()
         state = states.after(used + lane_rows)
         self.state_seconds += time.thread_time() - begun
-        records = np.zeros((len(sources), 2), dtype=np.int64)
+        records = np.zeros((len(sources), len(COUNTED)), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
             for lane in self._owned:

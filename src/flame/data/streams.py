@@ -14,10 +14,12 @@ import numpy as np
 from flame.batch import Skip
 from flame.data import blocks
 from flame.data.blocks import Blocks, Draws, Range
-from flame.data.formats import Bad, Format, text_of
+from flame.data.formats import Bad, Content, Format, text_of
+from flame.data.ids import BYTES_PER_ID, split_ids, with_ends
 from flame.data.plan import DataPlan
 from flame.data.raw import is_url
 from flame.data.sources import Source, document_id
+from flame.data.split import is_held_out
 from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
@@ -30,9 +32,12 @@ CURSOR = (
     "phase_tokens",
     "records",
     "skipped",
+    "held_out",
     "cut",
     "begun",
 )
+COUNTED = ("records", "skipped", "held_out")  # the columns of `StepRows.records`
+HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
@@ -53,8 +58,14 @@ class Cursor:
     phase_tokens: int = 0  # given since the weights last changed
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
+    held_out: int = 0  # of them, documents for validation
     cut: int = 0  # 1 where the document here has been cut already
     begun: int = 0  # the last epoch that was begun, at the end of the window that is open
+
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """Records passed, and of them skipped and held out."""
+        return self.records, self.skipped, self.held_out
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -72,7 +83,7 @@ class Document:
     file: int
     part: int | None  # where the text was split
     ends_record: bool
-    text: str | Bad
+    text: str | np.ndarray | Bad  # or its token ids
     tokens: np.ndarray  # int32 [tokens]
 
 
@@ -117,7 +128,7 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, group: list[Range]) -> list[tuple[int, int, bytes | Bad | None]]:
+    def records(self, group: list[Range]) -> list[tuple[int, int, Content]]:
         """The records of some blocks in file order: (file, position, content)."""
         read = self.format.read
         return [
@@ -180,13 +191,15 @@ class Stream:
             if isinstance(head, Exhausted):
                 raise DataError(
                     f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
-                    f"source holds and found no text in any of them{self._last_reason()}"
+                    f"source holds and found {self._why_none()}"
                 )
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
             at.begun = at.epoch
             if len(head.tokens):
                 return head
-            if isinstance(head.text, Bad):
+            if head.text is HELD_OUT:
+                at.held_out += 1
+            elif isinstance(head.text, Bad):
                 at.skipped += 1
                 self.skips.append(self.reader.skip_of(head))
             self._pass(head)
@@ -207,11 +220,13 @@ class Stream:
         self.cursor.document = head.number + 1
         self.cursor.offset = self.cursor.cut = 0
 
-    def _last_reason(self) -> str:
+    def _why_none(self) -> str:
+        if self.cursor.held_out:
+            return "none to train on; all are held out: lower validation.fraction"
         if not self.skips:
-            return ""
+            return "no text in any of them"
         last = self.skips[-1]
-        return f"; the last: {last.file}, {last.place}: {last.reason}"
+        return f"no text in any of them; the last: {last.file}, {last.place}: {last.reason}"
 
     def _tokenize(self, expected_tokens: int) -> None:
         """Append the next documents, at least one unless there is none: about as many tokens as are
@@ -226,6 +241,14 @@ class Stream:
             if isinstance(document.text, str):
                 taken.append(document)
                 length += len(document.text)
+            elif isinstance(document.text, np.ndarray):
+                length += BYTES_PER_ID * len(document.text)
+                vocabulary = self.reader.source.access.vocabulary
+                assert vocabulary is not None
+                document.tokens = with_ends(
+                    document.text, not document.part, document.ends_record, vocabulary
+                )
+                document.text = ""
             if length >= wanted:
                 break
         parts = [(cast("str", d.text), not d.part, d.ends_record) for d in taken]
@@ -246,7 +269,7 @@ class Stream:
                 continue
             held = self.reader.blocks(group.epoch)
             barren += held.units(group.ranges)
-            if barren >= held.all_units:
+            if barren >= held.all_units and not self.reader.plan.validates:
                 yield Exhausted()
 
     def _groups(self, epoch: int, group: int) -> Iterator[Group]:
@@ -279,14 +302,21 @@ class Stream:
         """The documents of a group, permuted; the parts of a long one stay together, in order."""
         reader, epoch = self.reader, group.epoch
         records = reader.records(group.ranges)
+        fraction, validates = reader.plan.validation_fraction, reader.plan.validates
         number = 0
         for i in blocks.shuffled_by(group.draws, len(records), group.key, reader.key):
             file, position, content = records[i]
             text = text_of(reader.format, content)
-            parts: Sequence[str | Bad] = (text,)
-            if isinstance(text, str):
+            if fraction and not isinstance(text, Bad):
+                apart = is_held_out(text, fraction)
+                if validates and not apart:
+                    continue  # nearly all documents: they are not even counted
+                if apart and not validates:
+                    text = HELD_OUT
+            parts: Sequence[str | np.ndarray | Bad] = (text,)
+            if not isinstance(text, Bad):
                 self._found_text = True
-                parts = split_text(text)
+                parts = split_ids(text) if isinstance(text, np.ndarray) else split_text(text)
             last = len(parts) - 1
             for part, piece in enumerate(parts):
                 name = part if last else None

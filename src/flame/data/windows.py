@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from flame.batch import Row, Segment, Skip
-from flame.data.streams import CURSOR, Document, SourceReader
+from flame.data.streams import COUNTED, CURSOR, Document, SourceReader
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
 ROW, HASH = LANE_COLUMNS.index("row"), LANE_COLUMNS.index("window_hash")
@@ -25,7 +25,7 @@ def every(name: str) -> slice:
     return slice(len(LANE_COLUMNS) + CURSOR.index(name), None, len(CURSOR))
 
 
-EPOCH, RECORDS, SKIPPED, BEGUN = every("epoch"), every("records"), every("skipped"), every("begun")
+EPOCH, BEGUN = every("epoch"), every("begun")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Window:
     rows: PackedRows  # fewer where the lane ends
     start: Sequence[int]  # the lane's row of the data state when no row is used
     end: Sequence[int]  # and when all are
-    records: np.ndarray  # int64 [sources, 2]: records passed (the skipped ones included), and skipped
+    records: np.ndarray  # int64 [sources, 3]: as in flame.batch.StepRows
     skips: tuple[Skip, ...]
     hash: int  # int64, of all tokens
 
@@ -85,8 +85,8 @@ class WindowStates:
         begun = np.array([window.start for window in held], dtype=np.int64)
         records = np.stack([window.records for window in held])
         begun[:, HASH] = [window.hash for window in held]
-        begun[:, RECORDS] += records[:, :, 0]  # what a begun window passed has been reported
-        begun[:, SKIPPED] += records[:, :, 1]
+        for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
+            begun[:, every(name)] += records[:, :, i]
         begun[:, BEGUN] = end[:, BEGUN]
         self._begun[self._owned], self._end[self._owned] = begun, end
 
