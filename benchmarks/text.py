@@ -53,5 +53,16 @@ def prepare(folder: Path, characters: int, vocabulary: int) -> tuple[Path, Path]
     return text, tokenizer
 
 
+def copies(text: Path, count: int) -> Path:
+    """A folder of so many files that are all `text`: links to it."""
+    folder = text.with_name(f"copies-{count}")
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        name = folder / f"{i:04}.jsonl"
+        if not name.exists():
+            name.hardlink_to(text)
+    return folder
+
+
 if __name__ == "__main__":
     print(*prepare(Path(sys.argv[1]), int(float(sys.argv[2])), int(sys.argv[3])))

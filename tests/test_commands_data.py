@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_commands import output
 
@@ -71,6 +72,29 @@ def test_bench_measures_loader_and_tokenizer_on_the_same_text(write_recipe, caps
     assert 0 < found["resumed_step"] <= found["steps"]
     assert min(found[name] for name in found if name != "cpu_share") > 0
     assert "% of the tokenizer's speed" in output(capsys, *ask)
+
+
+def test_data_commands_take_token_ids(write_recipe, text_folder: Path, tmp_path: Path, capsys) -> None:
+    texts = [json.loads(line)["text"] for line in (text_folder / "text.jsonl").read_text().splitlines()]
+    whole = load_tokenizer(text_folder / "tokenizer", False).encode(texts)
+    np.concatenate(whole).astype("<u2").tofile(tmp_path / "t.bin")
+    ids = f'"{tmp_path}/t.bin"\nids = true\nids_dtype = "uint16"'
+    recipe = write_recipe(replaced={f'"{text_folder}/text.jsonl"': ids})
+    found = json.loads(output(capsys, "data", "check", recipe, "--json", "--processes", 1))["sources"][0]
+    of_text = json.loads(output(capsys, "data", "check", write_recipe("t"), "--json", "--processes", 1))
+    assert found | {"characters": 0} == found
+    assert found["documents"] == len(texts)
+    for name in ("tokens", "lengths", "duplicates", "over_length", "epoch_steps"):
+        assert found[name] == of_text["sources"][0][name]
+    lines = output(capsys, "data", "preview", recipe, "--steps", "0:30", "--json").splitlines()
+    rows = [row for line in lines for row in json.loads(line)["rows"]]
+    assert len(rows) == 30 * 12
+    assert {segment[2].partition(":")[0] for row in rows for segment in row} == {"t.bin"}
+    ask = ["data", "bench", recipe, "--seconds", "0.2"]
+    assert json.loads(output(capsys, *ask, "--json"))["share_of_tokenizer"] is None
+    assert "a source holds token ids" in output(capsys, *ask)
+    assert cli.run(["tokenizer", "train", str(recipe), "--tokenizer.path", str(tmp_path / "new")]) == 1
+    assert "every source holds token ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--ranks", "0"], ["--seconds", "0"], ["--ranks", "13"]])

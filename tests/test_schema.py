@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,11 @@ def test_a_recipe_needs_one_length(tmp_path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.total_steps == 3
     assert Path(recipe.model.config).is_absolute()
+
+
+def test_a_list_left_empty_is_read_back(tmp_path: Path) -> None:
+    text = '[run]\ndirectory = "r"\nsteps = 1\n[model]\nconfig = "m"\n[tokenizer]\npath = "bytes"\n'
+    text += '[data]\nsequence_length = 8\n[[data.sources]]\nname = "hub"\ndataset = "org/name"\n'
+    recipe = schema.build(Recipe, tomllib.loads(text + "[batch]\ntokens_per_step = 8\n"), "r")
+    assert recipe.data.sources[0].files == recipe.data.sources[0].validation == []
+    assert schema.build(Recipe, tomllib.loads(schema.to_toml(recipe)), "r") == recipe

@@ -5,6 +5,7 @@ Shapes: b rows a micro-batch, L tokens a row, N lanes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,11 +27,17 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row, exactly L tokens. `segments` is empty for filler, whose labels are all masked."""
+    """One packed row, exactly L tokens. Filler has no segments, and its labels are all masked."""
 
     index: int  # in the global order of rows; -1 for filler
     tokens: np.ndarray  # int32 [L]
-    segments: tuple[Segment, ...]
+    lengths: np.ndarray  # int64 [segments]: their tokens
+    name_segments: Callable[[], tuple[Segment, ...]] = tuple  # names are made only for those who ask
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the row is made of."""
+        return self.name_segments()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,8 @@ class StepRows:
     counts: Counts
     records: (
         np.ndarray
-    )  # int64 [sources, 2]: records passed and skipped in windows that begin here, by lanes this rank owns
+    )  # int64 [sources, 3]: records passed, and of them skipped and held out for validation, in windows that
+    # begin here, by lanes this rank owns
     skips: tuple[Skip, ...]  # the same records' names
     sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources

@@ -103,11 +103,17 @@ def add_data(commands: Any) -> None:
     data = commands.add_parser("data", help=summary, description=summary, allow_abbrev=False)
     data_commands: Any = data.add_subparsers(required=True, metavar="COMMAND")
     summary = "the rows of some steps, as training reads them"
-    takes = ("recipe", "flags", "steps", "ranks", "json")
+    takes = ("recipe", "flags", "steps", "ranks", "split", "json")
     preview = add_command(data_commands, "preview", summary, ("preview", "preview"), takes)
     preview.add_argument("recipe", metavar="RECIPE.toml")
     preview.add_argument("--steps", default="0:1", metavar="A:B", help="from A up to B; steps count from 0")
     preview.add_argument("--ranks", type=int, default=1, metavar="W", help="read through W readers")
+    preview.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="validation: what is held out (default: %(default)s)",
+    )
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
     summary = "read every record once: counts, lengths, bad records, duplicates"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flame import schema
-from flame.data.config import BYTES, DataConfig, TokenizerConfig
+from flame.data.config import BYTES, DataConfig, TokenizerConfig, ValidationConfig
 from flame.data.plan import DataPlan
 from flame.data.raw import is_url
 from flame.errors import RecipeError
@@ -40,6 +40,7 @@ class Recipe:
     parallel: ParallelConfig = section(ParallelConfig)
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+    validation: ValidationConfig = section(ValidationConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
     @property
@@ -49,7 +50,7 @@ class Recipe:
     @property
     def plan(self) -> DataPlan:
         """The order of the data. Raises RecipeError where settings exclude each other."""
-        return DataPlan.of(self.data, self.batch.tokens_per_step, self.run.seed)
+        return DataPlan.of(self.data, self.batch.tokens_per_step, self.run.seed, self.validation.fraction)
 
     @property
     def total_steps(self) -> int | None:
@@ -82,6 +83,7 @@ def check(recipe: Recipe, origin: str) -> None:
         ("batch.tokens_per_step", batch.tokens_per_step),
         ("batch.micro_batch_rows", batch.micro_batch_rows),
         ("data.sequence_length", recipe.data.sequence_length),
+        ("validation.tokens", recipe.validation.tokens),
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
         ("logging.every", recipe.logging.every.amount),
@@ -127,6 +129,7 @@ def make_absolute(recipe: Recipe) -> None:
         recipe.model.module = _absolute(recipe.model.module)
     for source in recipe.data.sources:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
+        source.validation = [name if is_url(name) else _absolute(name) for name in source.validation]
         if source.dataset is not None and Path(source.dataset).is_dir():
             source.dataset = _absolute(source.dataset)
     if recipe.data.cache_directory is not None:

@@ -226,8 +226,8 @@ def parse_strings(raw: Any) -> list[str]:
         raw = _typed(raw)
     if isinstance(raw, str):
         return [str(raw)]
-    items = cast("list[Any]", raw) if isinstance(raw, list) else []
-    if not items or not all(isinstance(item, str) for item in items):
+    items = cast("list[Any]", raw)
+    if not isinstance(raw, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("a string or a list of strings")
     return [str(item) for item in items]
 

@@ -4,7 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.data.blocks import even_ranges, feistel, mix, philox_block, positions_of_lane, shuffled
+from flame.data.blocks import (
+    even_ranges,
+    feistel,
+    mix,
+    mix_each,
+    philox_block,
+    positions_of_lane,
+    shuffled,
+    shuffled_by,
+)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -53,5 +62,14 @@ def test_shuffled_is_a_permutation_of_any_size() -> None:
 def test_small_orders_are_those_of_numpys_philox(first: int, second: int) -> None:
     theirs = np.random.Philox(key=np.array([first, second], dtype=np.uint64)).random_raw(4)
     assert list(philox_block(first, second)) == theirs.tolist()
-    for count in range(2, 5):
-        assert shuffled(count, first, second).tolist() == np.argsort(theirs[:count]).tolist()
+    for count in range(6):
+        expected = shuffled(count, first, second).tolist()
+        assert shuffled_by(philox_block(first, second), count, first, second) == expected
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 2**64 - 1))
+def test_many_keys_at_once_give_what_each_gives(keys: list[int], second: int) -> None:
+    words = np.array(keys, dtype=np.uint64)
+    assert mix_each(second, words, 5).tolist() == [mix(second, key, 5) for key in keys]
+    draws = [word.tolist() for word in philox_block(words, second)]
+    assert list(zip(*draws, strict=True)) == [philox_block(key, second) for key in keys]

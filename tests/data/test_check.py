@@ -25,7 +25,7 @@ def silent(done: int, total: int) -> None:
 @pytest.mark.parametrize("ranges", [False, True])
 def test_a_check_counts_every_record_once(open_data: Callable[..., Any], ranges: bool) -> None:
     catalog, plan = open_data(ranges)
-    report = check_sources(catalog, plan.stages[0].sequence_length, 1, silent)
+    report = check_sources(catalog, plan, 1, silent)
     tokenizer = catalog.load_tokenizer()
     for source, found in zip(catalog.sources, report.sources, strict=True):
         reader = source.open()
@@ -43,9 +43,7 @@ def test_a_check_counts_every_record_once(open_data: Callable[..., Any], ranges:
 
 def test_processes_find_what_one_finds(open_data: Callable[..., Any]) -> None:
     catalog, plan = open_data(True)
-    assert check_sources(catalog, plan.stages[0].sequence_length, 2, silent) == check_sources(
-        catalog, plan.stages[0].sequence_length, 1, silent
-    )
+    assert check_sources(catalog, plan, 2, silent) == check_sources(catalog, plan, 1, silent)
 
 
 LISTS = st.lists(st.lists(st.integers(0, 40), max_size=60), min_size=1, max_size=4)
@@ -76,10 +74,10 @@ def test_a_long_record_is_one_document_and_a_truncated_file_is_named(folder: Pat
     config = DataConfig(sources=[SourceConfig("a", ["a.jsonl"])], sequence_length=64)
     plan = DataPlan.of(config, 64, 0)
     catalog = open_catalog(config, TokenizerConfig(str(folder / "tok")), plan, tmp_path)
-    (found,) = check_sources(catalog, 64, 1, silent).sources
+    (found,) = check_sources(catalog, plan, 1, silent).sources
     assert (found.documents, found.over_length, found.duplicates, found.unreadable) == (4, 1, 1, 0)
     with (tmp_path / "a.jsonl").open("r+b") as file:
         file.truncate(1_500_030)
-    (cut,) = check_sources(catalog, 64, 1, silent).sources
+    (cut,) = check_sources(catalog, plan, 1, silent).sources
     assert (cut.documents, cut.unreadable) == (0, 4)  # a file that has shrunk is not trusted in any part
     assert "put the file back" in cut.named[0]

@@ -235,6 +235,24 @@ def test_broken_files_stop_or_are_counted_and_named_whatever_the_cut(
     assert len(found[0]) - len(kept) <= 3  # the break itself, and the lines cut at its two sides
 
 
+def test_a_cache_that_is_too_small_is_said_once_with_the_bytes_needed(tmp_path: Path) -> None:
+    names = [f"{i}.jsonl.gz" for i in range(3)]
+    for name in names:
+        (tmp_path / name).write_bytes(gzip.compress(PLAIN))
+
+    def read_all(cache_bytes: int) -> None:
+        access = Access(str(tmp_path / f"cache-{cache_bytes}"), cache_bytes)
+        for _ in range(6):
+            for name in names:
+                JsonLines([tmp_path / name], "text", access).documents(0)
+
+    read_all(10**6)
+    needed = sum(path.stat().st_size for path in (tmp_path / "cache-1000000").glob("*.block"))
+    with pytest.warns(RuntimeWarning, match=rf"cache_bytes = {needed - 1} .* {needed} bytes") as said:
+        read_all(needed - 1)
+    assert len(said) == 1
+
+
 def test_text_files_are_documents_compressed_or_not(tmp_path: Path, access: Access) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 50))
     (tmp_path / "b.txt.zst").write_bytes(zst_frames(b"other text\n" * 50, 100))

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.streaming import Opened, loaders, plain, replayed, rows_of, state_after, tokens_in
+from data.streaming import (
+    Opened,
+    assert_tiled,
+    documents,
+    loaders,
+    plain,
+    replayed,
+    rows_of,
+    some_runs,
+    state_after,
+    tokens_in,
+    trained,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,65 +44,30 @@ def until_the_end(data: Opened, world: int) -> Iterator[list[StepRows]]:
         yield parts
 
 
-def documents(data: Opened) -> dict[tuple[str, str], int]:
-    """The tokens of every document with text."""
-    catalog, _ = data
-    tokenizer = catalog.load_tokenizer()
-    found: dict[tuple[str, str], int] = {}
-    for source in catalog.sources:
-        reader = source.open()
-        for block in range(len(source.blocks)):
-            file = int(source.blocks.file[block])
-            where = int(source.blocks.start[block]), int(source.blocks.stop[block])
-            for position, content in reader.read(file, *where):
-                text = reader.decode(content)
-                if isinstance(text, str):
-                    name = f"{source.files[file].name}:{position}"
-                    found[source.name, name] = len(tokenizer.encode([text])[0])
-    return found
-
-
-def trained(steps: Iterator[list[StepRows]]) -> dict[tuple[str, int, str], list[tuple[int, int]]]:
-    """(offset, length) of every segment, by (source, epoch, document)."""
-    found: dict[tuple[str, int, str], list[tuple[int, int]]] = defaultdict(list)
-    for parts in steps:
-        for row in rows_of(parts):
-            for source, epoch, document, offset, length in row.segments:
-                found[source, epoch, document].append((offset, length))
-    return found
-
-
-RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 5)), max_size=5)
-
-
 @pytest.mark.parametrize("ranges", [False, True])
 @settings(max_examples=25, deadline=None)
-@given(runs=RUNS, world=st.integers(1, 9))
+@given(restarts=some_runs(0, 9, 9), world=st.integers(1, 9))
 def test_every_document_is_trained_exactly_max_epochs_times(
-    open_data: OpenData, ranges: bool, runs: list[tuple[int, int, int]], world: int
+    open_data: OpenData, ranges: bool, restarts: list[tuple[int, int, int]], world: int
 ) -> None:
     data = ending(open_data, ranges)
-    found = trained(replayed(data, [*runs, (world, 99, 0)]))
+    found = trained(replayed(data, [*restarts, (world, 99, 0)]))
     expected = documents(data)
     assert len(found) == sum(EPOCHS[int(source[1:])] for source, _ in expected)
     for (source, epoch, name), segments in found.items():
         assert epoch < EPOCHS[int(source[1:])]
-        end = 0
-        for offset, length in sorted(segments):
-            assert offset == end, (source, epoch, name)
-            end += length
-        assert end == expected[source, name]
+        assert_tiled(segments, expected[source, name])
 
 
 @pytest.mark.parametrize("at_source_end", ["redistribute", "stop"])
 @settings(max_examples=25, deadline=None)
-@given(runs=RUNS)
+@given(restarts=some_runs(0, 9, 9))
 def test_restarts_around_the_end_go_on_with_the_same_rows(
-    open_data: OpenData, at_source_end: str, runs: list[tuple[int, int, int]]
+    open_data: OpenData, at_source_end: str, restarts: list[tuple[int, int, int]]
 ) -> None:
     data = ending(open_data, at_source_end=at_source_end)
     reference = [plain(rows_of(parts)) for parts in until_the_end(data, 1)]
-    got = [plain(rows_of(parts)) for parts in replayed(data, [(2, len(reference) - 4, 0), *runs])]
+    got = [plain(rows_of(parts)) for parts in replayed(data, [(2, len(reference) - 4, 0), *restarts])]
     assert got == (reference + [[]] * len(got))[: len(got)]
 
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data.streaming import Opened, PlainRow, loaders, plain, replayed, rows_of, state_after
+from data.streaming import (
+    Opened,
+    PlainRow,
+    assert_tiled,
+    documents,
+    loaders,
+    plain,
+    replayed,
+    rows_of,
+    some_runs,
+    state_after,
+    trained,
+)
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from flame.batch import IGNORED
+from flame.batch import IGNORED, StepRows
 from flame.data import tokens
 from flame.data.preview import preview
 from flame.data.state import DataState
@@ -79,21 +89,20 @@ def test_more_ranks_than_lanes_and_uneven_shares(open_data: OpenData, world: int
         assert sorted(skip for part in parts for skip in part.skips) == sorted(alone.skips)
 
 
-def replay(data: Opened, runs: list[tuple[int, int, int]], save_prefetched: bool) -> Iterator[list[PlainRow]]:
+def replay(
+    data: Opened, restarts: list[tuple[int, int, int]], save_prefetched: bool
+) -> Iterator[list[PlainRow]]:
     """The rows of `replayed`; `save_prefetched` saves, wrongly, the state of what was only read ahead."""
-    return (plain(rows_of(parts)) for parts in replayed(data, runs, save_prefetched))
-
-
-RUNS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7), st.integers(0, 5)), min_size=2, max_size=5)
+    return (plain(rows_of(parts)) for parts in replayed(data, restarts, save_prefetched))
 
 
 @pytest.mark.parametrize("ranges", [False, True])
 @settings(max_examples=40, deadline=None)
-@given(runs=RUNS)
+@given(restarts=some_runs(2, 6, 7))
 def test_restarts_anywhere_on_any_ranks_go_on_with_the_same_rows(
-    open_data: OpenData, stream, ranges: bool, runs: list[tuple[int, int, int]]
+    open_data: OpenData, stream, ranges: bool, restarts: list[tuple[int, int, int]]
 ) -> None:
-    got = list(replay(open_data(ranges), runs, save_prefetched=False))
+    got = list(replay(open_data(ranges), restarts, save_prefetched=False))
     assert got == stream(ranges)[: len(got)]
 
 
@@ -116,7 +125,7 @@ def test_threads_give_the_same_steps_and_state(open_data: OpenData) -> None:
 
 def test_reported_records_sum_to_the_state_across_restarts(open_data: OpenData) -> None:
     data = open_data()
-    total = np.zeros((2, 2), dtype=np.int64)
+    total = np.zeros((2, 3), dtype=np.int64)
     named: list[object] = []
     state = None
     for world, steps in ((1, 5), (2, 9), (4, 11), (3, 2)):
@@ -126,7 +135,7 @@ def test_reported_records_sum_to_the_state_across_restarts(open_data: OpenData) 
             total += sum(part.records for part in parts)
             named += [skip for part in parts for skip in part.skips]
         state = state_after(data, parts, ranks[0].columns)
-    columns = [f"s{i}.{name}" for i in range(2) for name in ("records", "skipped")]
+    columns = [f"s{i}.{name}" for i in range(2) for name in ("records", "skipped", "held_out")]
     sums = [int(state.lanes[:, state.columns.index(name)].sum()) for name in columns]
     assert sums == total.reshape(-1).tolist()
     assert len(named) == len(set(named)) == total[:, 1].sum() > 0
@@ -167,32 +176,20 @@ def test_another_seed_is_another_stream(open_data: OpenData, stream) -> None:
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("piece", [64, 24])
 def test_every_document_of_an_epoch_is_tiled_once(open_data: OpenData, ranges: bool, piece: int) -> None:
-    catalog, _ = data = open_data(ranges, max_document_length=piece)
-    tokenizer = catalog.load_tokenizer()
-    covered: dict[tuple[str, int, str], list[tuple[int, int]]] = defaultdict(list)
+    data = open_data(ranges, max_document_length=piece)
     (loader,) = loaders(data, 1)
-    begun = cut = 0
+    steps: list[list[StepRows]] = []
     while (got := loader.next_step()).epoch < 2:
-        begun, cut = begun + got.counts.documents, cut + got.counts.cut
-        for row in got.rows:
-            for source, epoch, document, offset, length in row.segments:
-                covered[source, epoch, document].append((offset, length))
-                assert offset // piece == (offset + length - 1) // piece
-    for source in catalog.sources:
-        reader = source.open()
-        for block in range(len(source.blocks)):
-            file = int(source.blocks.file[block])
-            where = int(source.blocks.start[block]), int(source.blocks.stop[block])
-            for position, content in reader.read(file, *where):
-                text = reader.decode(content)
-                name = f"{source.files[file].name}:{position}"
-                expected = len(tokenizer.encode([text])[0]) if isinstance(text, str) else 0
-                for epoch in range(2):
-                    end = 0
-                    for offset, length in sorted(covered[source.name, epoch, name]):
-                        assert offset == end, (source.name, epoch, name)
-                        end += length
-                    assert end == expected, (source.name, epoch, name)
+        steps.append([got])
+    found = trained(steps)
+    for segments in found.values():
+        assert all(offset // piece == (offset + length - 1) // piece for offset, length in segments)
+    expected = documents(data)
+    assert {(source, name) for source, epoch, name in found if epoch < 2} == set(expected)
+    for (source, name), length in expected.items():
+        for epoch in range(2):
+            assert_tiled(found[source, epoch, name], length)
+    begun, cut = (sum(getattr(part.counts, of) for (part,) in steps) for of in ("documents", "cut"))
     assert begun > cut > 0
 
 
@@ -363,17 +360,8 @@ def test_preview_of_no_steps_is_empty(open_data: OpenData) -> None:
 @pytest.mark.parametrize("piece", [64, 24])
 @pytest.mark.parametrize("world", [1, 5])
 def test_a_cut_document_is_counted_once(open_data: OpenData, piece: int, world: int) -> None:
-    catalog, _ = data = open_data(max_document_length=piece)
-    tokenizer = catalog.load_tokenizer()
-    lengths: dict[tuple[str, str], int] = {}
-    for source in catalog.sources:
-        reader = source.open()
-        for block in range(len(source.blocks)):
-            file = int(source.blocks.file[block])
-            where = int(source.blocks.start[block]), int(source.blocks.stop[block])
-            for position, content in reader.read(file, *where):
-                name = f"{source.files[file].name}:{position}"
-                lengths[source.name, name] = len(tokenizer.encode([str(reader.decode(content))])[0])
+    data = open_data(max_document_length=piece)
+    lengths = documents(data)
     total = np.zeros((2, 3), dtype=np.int64)
     cut: list[set[tuple[int, str]]] = [set(), set()]
     segments = 0

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from data.id_files import write_ids
+from data.test_compressed import STORED
 
-from flame.data import remote
+from flame.data import files, remote
 from flame.data.cache import Access
 from flame.data.catalog import fingerprint, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -24,6 +27,7 @@ from flame.data.lines import JsonLines
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.sources import list_files
+from flame.data.tokens import load_tokenizer
 from flame.errors import DataError
 
 LINES = [json.dumps({"text": f"{i} " + "word " * (i % 37)}) for i in range(400)]
@@ -108,11 +112,10 @@ def write_formats(root: Path) -> None:
     pyarrow.parquet.write_table(table, root / "a.parquet", row_group_size=90)
 
 
-def rows(base: Path, folder: Path, file: str) -> tuple[object, object]:
+def rows(base: Path, folder: Path, file: str, **settings: Any) -> tuple[object, object]:
     """The first rows of a source and its fingerprint."""
-    config = DataConfig(
-        [SourceConfig("web", [file])], sequence_length=32, lanes=4, cache_directory=str(base / "cache")
-    )
+    source = SourceConfig("web", [file], **settings)
+    config = DataConfig([source], sequence_length=32, lanes=4, cache_directory=str(base / "cache"))
     plan = DataPlan.of(config, 12 * 32, seed=3)
     catalog = open_catalog(config, TokenizerConfig(str(folder / "tok")), plan, base)
     loader = Loader(catalog, plan, 0, 1, 1, prefetch=False)
@@ -127,6 +130,40 @@ def test_remote_files_give_the_rows_of_local_ones(
     write_formats(server.root)
     local = rows(tmp_path, folder, str(server.root / name))
     assert rows(tmp_path, folder, f"{server.url}/{name}") == local
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_compressed_file_is_cut_alike_wherever_it_lies(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (server.root / name).write_bytes(STORED[name](PLAIN))
+    access = Access(str(tmp_path / "cache"))
+    remote_file = look(name, f"{server.url}/{name}")
+    for largest in (4000, 2**24):  # also where a frame is too large to be a block
+        monkeypatch.setattr(files, "LARGEST_FRAME", largest)
+        local = JsonLines([server.root / name], "text", access)
+        far = JsonLines([remote_file], "text", access)
+        assert far.decoded_bytes(0) == local.decoded_bytes(0)
+        for block_bytes in (1000, 7000):
+            for ours, theirs in zip(far.ranges(0, block_bytes), local.ranges(0, block_bytes), strict=True):
+                assert ours.tolist() == theirs.tolist()
+    server.requests.clear()
+    JsonLines([remote_file], "text", access).ranges(0, 7000)
+    assert len(server.requests) <= 1, "the frames are found once, and remembered"
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "t.npy", "flat.bin", "m.bin"])
+def test_remote_files_of_ids_give_the_rows_of_local_ones(
+    server: Server, folder: Path, tmp_path: Path, name: str
+) -> None:
+    written = [json.loads(line)["text"] for line in LINES]
+    write_ids(server.root, [i.tolist() for i in load_tokenizer(folder / "tok", False).encode(written)])
+    dtype = "uint16" if name == "flat.bin" else None
+    local = rows(tmp_path, folder, str(server.root / name), ids=True, ids_dtype=dtype)
+    assert rows(tmp_path, folder, f"{server.url}/{name}", ids=True, ids_dtype=dtype) == local
+    with pytest.raises(DataError, match=r"no m\.idx beside it"):
+        (server.root / "m.idx").unlink()
+        rows(tmp_path, folder, f"{server.url}/m.bin", ids=True)
 
 
 def test_a_chunk_is_fetched_once_per_node_and_ahead(server: Server, tmp_path: Path) -> None:
@@ -230,7 +267,8 @@ def test_a_bucket_gives_the_rows_of_a_folder(bucket: str, folder: Path, tmp_path
     (tmp_path / "data").mkdir()
     write_formats(tmp_path / "data")
     fsspec.filesystem("s3").put(str(tmp_path / "data") + "/", f"{bucket}/data/", recursive=True)
-    for files in ("data/*.jsonl", "data/a.parquet", "data/*.gz"):
-        assert rows(tmp_path, folder, f"{bucket}/{files}") == rows(tmp_path, folder, str(tmp_path / files))
+    for pattern in ("data/*.jsonl", "data/a.parquet", "data/*.gz"):
+        local = rows(tmp_path, folder, str(tmp_path / pattern))
+        assert rows(tmp_path, folder, f"{bucket}/{pattern}") == local
     with pytest.raises(DataError, match=r"bucket/none/\*.jsonl.*no file matches"):
         rows(tmp_path, folder, f"{bucket}/none/*.jsonl")

@@ -241,9 +241,9 @@ def test_a_lane_that_meets_only_bad_records_goes_on_to_its_next_epoch(open_files
 
 def test_too_many_bad_records_stop_the_run(open_data) -> None:
     catalog, _ = open_data()
-    check_skipped(catalog, np.array([[999, 900], [5000, 5]]), 0.001)
+    check_skipped(catalog, np.array([[999, 900, 0], [5000, 5, 0]]), 0.001)
     with pytest.raises(DataError, match='source "s1": 6 of 5000 records'):
-        check_skipped(catalog, np.array([[999, 900], [5000, 6]]), 0.001)
+        check_skipped(catalog, np.array([[999, 900, 0], [5000, 6, 9]]), 0.001)
 
 
 # -------------------------------------------------------------------------------- fingerprint

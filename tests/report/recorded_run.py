@@ -25,7 +25,15 @@ sequence_length = 256
 name = "web"
 files = ["web.jsonl"]
 text = "text"
+weight = 3.0
+[[data.sources]]
+name = "code"
+files = ["code.jsonl"]
+text = "text"
 weight = 1.0
+[[data.phases]]
+at = "4 steps"
+weights = { code = 9.0 }
 [batch]
 tokens_per_step = 3072
 [optimizer]
@@ -54,6 +62,10 @@ def step_line(step: int, **changed: Any) -> dict[str, Any]:
         "updates_skipped": 0,
         "documents_cut": 0,
         "rows_digest": "00ff",
+        "sources": {
+            "web": {"tokens": 2048 * step, "documents": 7 * step, "epoch": 2, "skipped": 3, "cut": 4321},
+            "code": {"tokens": 1024 * step, "documents": step, "epoch": 0, "skipped": 0, "cut": 5},
+        },
         **changed,
     }
 

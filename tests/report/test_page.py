@@ -89,6 +89,14 @@ def test_the_page_references_nothing_outside_itself(interrupted: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_sources_are_shown_with_their_share_and_what_their_weight_asks_for(interrupted: Path) -> None:
+    _, reader = read(interrupted)
+    words = reader.words[reader.words.index("by weight") :]
+    web, code = words.index("web"), words.index("code")
+    assert words[web : web + 8] == ["web", "24,576", "66.7 %", "54.2 %", "84", "2", "3", "4,321"]
+    assert words[code : code + 8] == ["code", "12,288", "33.3 %", "45.8 %", "12", "0", "0", "5"]
+
+
 def test_text_of_the_run_is_escaped(interrupted: Path) -> None:
     text, reader = read(interrupted)
     assert "<run>" not in text and "a <CPU>" in reader.words

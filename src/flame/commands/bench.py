@@ -7,7 +7,6 @@ from pathlib import Path
 
 from flame.data.bench import bench as measure
 from flame.data.catalog import open_catalog
-from flame.data.plan import DataPlan
 from flame.errors import Exit, RecipeError
 from flame.recipe import read_recipe
 
@@ -19,16 +18,19 @@ def bench(path: str, flags: dict[str, str], ranks: int, seconds: float, as_json:
     if not seconds > 0:
         raise RecipeError(f"--seconds: found {seconds}, expected more than 0")
     recipe = read_recipe(Path(path), flags)
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     got = measure(catalog, plan, ranks, seconds)
     if as_json:
         print(json.dumps(got.to_json()))
         return Exit.DONE
+    alone, share = got.tokenizer_tokens_per_second, got.share_of_tokenizer
     rows = {
         "loader": f"{got.tokens_per_second:,.0f} tokens/s, raw text to batches",
-        "tokenizer alone": f"{got.tokenizer_tokens_per_second:,.0f} tokens/s on the same text",
-        "share": f"{100 * got.share_of_tokenizer:.1f} % of the tokenizer's speed comes through",
+        "tokenizer alone": "no text" if alone is None else f"{alone:,.0f} tokens/s on the same text",
+        "share": "none to speak of: a source holds token ids"
+        if share is None
+        else f"{100 * share:.1f} % of the tokenizer's speed comes through",
         "processor": f"{100 * got.cpu_share:.0f} % of one core while loading",
         "first rows": f"after {got.first_rows_seconds:.2f} s",
         "resume": f"in {got.resume_seconds:.2f} s, at step {got.resumed_step}",

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from flame.data.catalog import open_catalog
 from flame.data.check import Report, SourceReport, check_sources
-from flame.data.plan import DataPlan
 from flame.errors import Exit, RecipeError
 from flame.recipe import Recipe, read_recipe
 
@@ -32,10 +31,10 @@ def check(path: str, flags: dict[str, str], processes: int | None, as_json: bool
         processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes < 1:
         raise RecipeError(f"--processes: found {processes}, expected at least 1")
-    plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
+    plan = recipe.plan
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     with progress_of(sys.stderr.isatty()) as progress:
-        report = check_sources(catalog, plan.stages[0].sequence_length, processes, progress)
+        report = check_sources(catalog, plan, processes, progress)
     steps = epoch_steps(recipe, report)
     if as_json:
         print(json.dumps(to_json(report, steps)))
@@ -115,6 +114,8 @@ def show(report: Report, steps: list[float | None], sequence_length: int) -> Non
         print(
             "\n".join([f"{source.name}: documents by length in tokens (a row: {sequence_length:,})", *lines])
         )
+        if source.held_out:
+            print(f"  held out for validation: {source.held_out:,} documents, not counted above")
         for name in source.named:
             print(f"  bad: {name}")
     for (a, b), count in report.shared.items():

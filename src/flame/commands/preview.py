@@ -13,14 +13,16 @@ from flame.batch import Row
 from flame.data.catalog import open_catalog
 from flame.data.preview import preview as read_rows
 from flame.data.tokens import Tokenizer
+from flame.data.validation import row_limit, validation_data
 from flame.errors import Exit, RecipeError
 from flame.recipe import read_recipe
 
 SHOWN_CHARACTERS = 60  # of each segment's text, in tables
 
 
-def preview(path: str, flags: dict[str, str], steps: str, ranks: int, as_json: bool) -> Exit:
-    """Prints the rows of `steps` ("A:B"), read through `ranks` readers, in the global order."""
+def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str, as_json: bool) -> Exit:
+    """Prints the rows of `steps` ("A:B"), read through `ranks` readers, in the global order. `split`:
+    "train", or "validation" for what is held out."""
     recipe = read_recipe(Path(path), flags)
     plan = recipe.plan
     wanted = parse_steps(steps)
@@ -28,7 +30,12 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, as_json: b
         raise RecipeError(f"--ranks: found {ranks}, expected at least 1")
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     tokenizer = catalog.load_tokenizer()
-    for step, rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):
+    most = None
+    if split == "validation":
+        catalog, plan = validation_data(catalog, plan)
+        most = row_limit(plan, recipe.validation.tokens)
+    for step, all_rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):
+        rows = [row for row in all_rows if most is None or row.index < most]
         if as_json:
             listed = [[list(segment) for segment in row.segments] for row in rows]
             print(json.dumps({"step": step, "rows": listed}), flush=True)

@@ -49,6 +49,7 @@ def described(source: dict[str, int]) -> str:
     documents = source["documents"]
     cut = f" ({100 * source['cut'] / documents:.1f} % cut)" if documents else ""
     skipped = f", {source['skipped']} records skipped" if source["skipped"] else ""
+    skipped += f", {source['held_out']} held out" if source.get("held_out") else ""
     return f"{source['tokens']:,} tokens, {documents:,} documents{cut}, epoch {source['epoch']}{skipped}"
 
 

@@ -32,23 +32,22 @@ class BenchResult:
     steps: int
     tokens: int  # through the loader
     tokens_per_second: float  # of the loader: raw text to batches
-    tokenizer_tokens_per_second: float  # of the tokenizer alone: the same calls, in the same process
+    tokenizer_tokens_per_second: float | None  # of it alone: the same calls, in the same process; None
+    # where every source holds token ids
+    share_of_tokenizer: float | None  # seconds of the tokenizer alone over the loader's, for the same calls;
+    # None where that says nothing, as some tokens come from sources of ids
+    processor_share: float | None  # the same of processor time, which other work hardly changes
     cpu_share: float  # processor seconds a second of the loader; above 1 where threads help
     first_rows_seconds: float  # of a fresh run, tokenizer and files opened
     resume_seconds: float  # to the first row at a random later step
     resumed_step: int
     state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
-    state_microseconds: float  # to take it, a step
+    state_microseconds: float  # of the processor, to take it, a step
     memory_mib: float  # most that the process held
-
-    @property
-    def share_of_tokenizer(self) -> float:
-        """How much of the tokenizer's own speed comes through the loader."""
-        return self.tokens_per_second / self.tokenizer_tokens_per_second
+    only_text: bool  # whether no source holds token ids
 
     def to_json(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "share_of_tokenizer": self.share_of_tokenizer}
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Recorder:
@@ -77,7 +76,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
     first_rows = time.perf_counter() - begun
     recorder.calls.clear()  # the short windows at the start of a run say little of its speed
     tokens = steps = raw_tokens = 0
-    loader_seconds = raw_seconds = cpu = 0.0
+    loader_seconds = raw_seconds = cpu = raw_cpu = 0.0
     kept: list[tuple[StepRows, StepRows]] = []  # a step and the one after it
     chosen = random.Random(plan.seed)
     while not steps or loader_seconds + raw_seconds < seconds:
@@ -90,21 +89,25 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
             kept.append((before, got))
             if len(kept) > KEPT_STATES:
                 kept.pop(chosen.randrange(KEPT_STATES))
-        wall = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         raw_tokens += sum(tokenizer.count_alone(parts) for parts in recorder.calls)
         raw_seconds += time.perf_counter() - wall
+        raw_cpu += time.process_time() - processor
         recorder.calls.clear()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
     )
     before, after = chosen.choice(kept)
+    only_text = not any(source.holds_ids for source in catalog.sources)
     state = DataState(before.step + 1, before.state, loader.columns, fingerprint(catalog, plan))
     return BenchResult(
         ranks=ranks,
         steps=steps,
         tokens=tokens,
         tokens_per_second=tokens / loader_seconds,
-        tokenizer_tokens_per_second=raw_tokens / raw_seconds,
+        tokenizer_tokens_per_second=raw_tokens / raw_seconds if raw_tokens else None,
+        share_of_tokenizer=raw_seconds / loader_seconds if only_text else None,
+        processor_share=raw_cpu / cpu if only_text else None,
         cpu_share=cpu / loader_seconds,
         first_rows_seconds=first_rows,
         resume_seconds=_resume(catalog, plan, ranks, state, after),
@@ -112,6 +115,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
         state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
         memory_mib=memory,
+        only_text=only_text,
     )
 
 

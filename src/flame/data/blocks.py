@@ -7,7 +7,9 @@ memory, so that a cursor of four numbers is a place in the stream.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,7 +18,10 @@ INDEX_BELOW = 256 * 2**20  # decoded bytes of a source; below it each document i
 SMALLEST, LARGEST = 4 * 2**10, 4 * 2**20  # bytes of decoded text in a block
 ROUNDS = 6  # of the Feistel network
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-MASK = 2**64 - 1
+MASK, HALF = 2**64 - 1, 2**32 - 1
+
+Range = tuple[int, int, int]  # file, start, stop
+Draws = tuple[int, int, int, int]  # the first of a Philox stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +36,14 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.file)
 
-    def units(self, blocks: np.ndarray) -> int:
+    def ranges(self, blocks: np.ndarray) -> list[Range]:
+        """Some of the blocks."""
+        places = (self.file[blocks].tolist(), self.start[blocks].tolist(), self.stop[blocks].tolist())
+        return list(zip(*places, strict=True))
+
+    def units(self, ranges: list[Range]) -> int:
         """How much of the source these blocks are: documents, or else bytes or rows."""
-        if self.each_document:
-            return len(blocks)
-        return int((self.stop[blocks] - self.start[blocks]).sum())
+        return len(ranges) if self.each_document else sum(stop - start for _, start, stop in ranges)
 
     @property
     def all_units(self) -> int:
@@ -72,12 +80,21 @@ def even_ranges(start: int, stop: int, pieces: int) -> tuple[np.ndarray, np.ndar
 
 def mix(*words: int) -> int:
     """64 well-mixed bits of any whole numbers (the finisher of splitmix64, chained)."""
-    h = GOLDEN
+    return _mix(words)
+
+
+def mix_each(*words: int | np.ndarray) -> np.ndarray:
+    """`mix` where words are arrays (uint64): uint64, of their length."""
+    return _mix(words)
+
+
+def _mix(words: Sequence[Any]) -> Any:
+    h: Any = GOLDEN
     for word in words:
         h = (h ^ word) & MASK
         h = ((h ^ (h >> 30)) * FIRST) & MASK
         h = ((h ^ (h >> 27)) * SECOND) & MASK
-        h ^= h >> 31
+        h = h ^ (h >> 31)
     return h
 
 
@@ -118,22 +135,39 @@ def shuffled(count: int, first_key: int, second_key: int) -> np.ndarray:
     """
     if count < 2:
         return np.zeros(count, dtype=np.int64)
-    if count <= 4:  # where each document is a block, groups are this small, and numpy's Philox slow to make
-        few = philox_block(first_key, second_key)
-        return np.array(sorted(range(count), key=few.__getitem__), dtype=np.int64)
     draws = np.random.Philox(key=np.array([first_key, second_key], dtype=np.uint64)).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
-def philox_block(first_key: int, second_key: int) -> tuple[int, int, int, int]:
-    """The first four draws of numpy's Philox4x64-10 (Salmon et al., 2011): its block at counter 1."""
-    a, b, c, d = 1, 0, 0, 0
+def shuffled_by(draws: Draws, count: int, first_key: int, second_key: int) -> list[int]:
+    """`shuffled` as a list, by the first draws where they are enough: numpy's Philox is slow to make."""
+    if count > len(draws):
+        return shuffled(count, first_key, second_key).tolist()
+    return sorted(range(count), key=draws.__getitem__)
+
+
+def philox_block(first_key: Any, second_key: int) -> tuple[Any, Any, Any, Any]:
+    """The first four draws of numpy's Philox4x64-10 (Salmon et al., 2011): its block at counter 1.
+
+    Of one key, whole numbers; of an array of first keys (uint64), arrays of their length.
+    """
+    a, b, c, d = cast("tuple[Any, Any, Any, Any]", (1, 0, 0, 0))
     for _ in range(10):
-        high, low = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
-        a, b, c, d = (low >> 64) ^ b ^ first_key, low & MASK, (high >> 64) ^ d ^ second_key, high & MASK
+        (a_high, a_low), (c_high, c_low) = _product(a, 0xD2E7470EE14C6C93), _product(c, 0xCA5A826395121157)
+        a, b, c, d = c_high ^ b ^ first_key, c_low, a_high ^ d ^ second_key, a_low
         first_key = (first_key + 0x9E3779B97F4A7C15) & MASK
         second_key = (second_key + 0xBB67AE8584CAA73B) & MASK
     return a, b, c, d
+
+
+def _product(word: Any, factor: int) -> tuple[Any, Any]:
+    """The high and low 64 bits of a product; numpy has the low ones only."""
+    if isinstance(word, int):
+        return word * factor >> 64, word * factor & MASK
+    high, low, half = word >> 32, word & HALF, factor & HALF
+    cross = high * half
+    middle = (low * half >> 32) + (cross & HALF) + low * (factor >> 32)
+    return high * (factor >> 32) + (cross >> 32) + (middle >> 32), word * factor
 
 
 def positions_of_lane(blocks: int, lane: int, lanes: int) -> int:

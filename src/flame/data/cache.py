@@ -10,16 +10,25 @@ import fcntl
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from flame.errors import DataError
 
 DEFAULT_BYTES = 64 * 2**30
 SUFFIX, PART, LOCK = ".block", ".part", ".lock"
+
+
+class Vocabulary(NamedTuple):
+    """What a recipe's tokenizer makes of token ids."""
+
+    size: int  # the largest id + 1
+    eos: int
+    bos: int | None  # where it is put before each document
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class Access:
     cache_directory: str | None = None  # None: a directory of the user's
     cache_bytes: int = DEFAULT_BYTES  # that the cache may hold on one node
     skip_corrupt: bool = False  # an undecodable frame or row group becomes a skipped record
+    vocabulary: Vocabulary | None = None  # for files of token ids; None where no tokenizer is known
 
     @property
     def cache(self) -> BlockCache:
@@ -46,6 +56,18 @@ def cache_directory(chosen: str | None) -> Path:
     return Path(home) / "flame" / "blocks"
 
 
+@dataclass(slots=True)
+class Use:
+    """What this process had of a cache directory."""
+
+    sizes: dict[str, int] = field(default_factory=dict[str, int])  # of entries, in bytes
+    again: int = 0  # bytes of entries made again, because they had been removed
+    warned: bool = False
+
+
+_uses: dict[Path, Use] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class BlockCache:
     """A directory of entries, shared by all processes of a node."""
@@ -60,19 +82,44 @@ class BlockCache:
         the directory cannot be written.
         """
         path = self.directory / self._name(key)
+        use = _uses.setdefault(self.directory, Use())
         try:
-            found = _open(path)
-            if found is not None:
-                return found
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(LOCK)):
-                found = _open(path)  # another process may have made it meanwhile
-                return self._make(path, make) if found is None else found
+            opened = self._open_or_make(path, make, use)
         except OSError as error:
             raise DataError(
                 f"block cache {self.directory}: cannot be used: {error}; make room or set "
                 "data.cache_directory to a directory that can be written"
             ) from None
+        use.sizes[path.name] = os.fstat(opened).st_size
+        return opened
+
+    def _open_or_make(self, path: Path, make: Callable[[BinaryIO], None], use: Use) -> int:
+        found = _open(path)
+        if found is not None:
+            return found
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(LOCK)):
+            found = _open(path)  # another process may have made it meanwhile
+            if found is not None:
+                return found
+            made = self._make(path, make)
+        if path.name in use.sizes:
+            self._made_again(use, os.fstat(made).st_size)
+        return made
+
+    def _made_again(self, use: Use, size: int) -> None:
+        """Say so when as much as the whole cache holds had to be made again."""
+        use.again += size
+        if use.again < self.most_bytes or use.warned:
+            return
+        use.warned = True
+        warnings.warn(
+            f"block cache {self.directory}: data.cache_bytes = {self.most_bytes} is too small: what was "
+            f"decoded or fetched is removed before it is needed again; this process alone has used "
+            f"{sum(list(use.sizes.values()))} bytes of it so far: set data.cache_bytes to at least that",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _name(self, key: str) -> str:
         """A file name that a person recognises, and that is the key's alone."""

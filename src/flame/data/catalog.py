@@ -13,9 +13,10 @@ import numpy as np
 
 from flame.data import blocks
 from flame.data.blocks import Blocks
-from flame.data.cache import Access
+from flame.data.cache import Access, Vocabulary
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
+from flame.data.raw import SourceFile
 from flame.data.sample import sample_texts
 from flame.data.sources import Source, open_source
 from flame.data.streams import SourceReader
@@ -72,7 +73,8 @@ def open_catalog(
     if tokenizer_config.path != BYTES:
         tokenizer_path = base / tokenizer_path.expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
-    sources = _open_checked(data_config, plan, base)
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
+    sources = _open_checked(data_config, data_config.sources, plan, base, vocabulary)
     for source in sources:
         _check_lanes(source, plan)
     if backend != "tokenizers":
@@ -83,18 +85,28 @@ def open_catalog(
 
 
 def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
-    """The sources of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
+    """The sources of text of a recipe alone, which need no tokenizer. Raises RecipeError and DataError."""
     _check_settings(data_config.sources)
-    return _open_checked(data_config, plan, base)
+    configs = [config for config in data_config.sources if not config.ids]
+    if not configs:
+        raise RecipeError("data.sources: every source holds token ids, and none the text that this needs")
+    return _open_checked(data_config, configs, plan, base, None)
 
 
-def _open_checked(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[Source, ...]:
+def _open_checked(
+    data_config: DataConfig,
+    configs: list[SourceConfig],
+    plan: DataPlan,
+    base: Path,
+    vocabulary: Vocabulary | None,
+) -> tuple[Source, ...]:
     access = Access(
         data_config.cache_directory and str(base / Path(data_config.cache_directory).expanduser()),
         data_config.cache_bytes,
         data_config.skip_corrupt_blocks,
+        vocabulary,
     )
-    return tuple(open_source(config, base, plan.lanes, access) for config in data_config.sources)
+    return tuple(open_source(config, base, plan.lanes, access) for config in configs)
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:
@@ -139,6 +151,7 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
         "packing": "best fit decreasing",
+        **({"validation_fraction": plan.validation_fraction} if plan.validation_fraction else {}),
         "tokenizer": catalog.tokenizer_identity,
         "sources": [
             {
@@ -147,15 +160,19 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
                 "format": source.format,
                 "text": source.field,
                 "files": [
-                    {"name": file.name, "size": file.size, "hash": file.hash}
-                    | ({"first_epoch": joined[file.name]} if file.name in joined else {})
+                    _file_print(file) | ({"first_epoch": joined[file.name]} if file.name in joined else {})
                     for file in source.files
                 ],
             }
+            | ({"validation": [_file_print(file) for file in source.validation]} if source.validation else {})
             for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
             for joined in [catalog.joined.get(source.name, {})]
         ],
     }
+
+
+def _file_print(file: SourceFile) -> dict[str, Any]:
+    return {"name": file.name, "size": file.size, "hash": file.hash}
 
 
 def stage_print(stage: Stage, sources: list[str]) -> dict[str, Any]:
@@ -210,9 +227,9 @@ def _name(pair: list[Any], index: int) -> str:
 
 
 def check_skipped(catalog: Catalog, records_total: np.ndarray, max_fraction: float) -> None:
-    """Stop a run whose data are bad. `records_total`: int64 [sources, 2], records passed (the skipped
-    ones included) and skipped, summed over all ranks and steps. Raises DataError naming the source."""
-    for source, (records, skipped) in zip(catalog.sources, records_total.tolist(), strict=True):
+    """Stop a run whose data are bad. `records_total`: int64 [sources, 3], records passed, and of them
+    skipped and held out, summed over all ranks and steps. Raises DataError naming the source."""
+    for source, (records, skipped, _) in zip(catalog.sources, records_total.tolist(), strict=True):
         if records >= FIRST_RECORDS and skipped > max_fraction * records:
             raise DataError(
                 f'source "{source.name}": {skipped} of {records} records hold no text, more than '

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flame.data.blocks import name_key
 from flame.data.catalog import Catalog
 from flame.data.formats import Bad, Format, text_of
+from flame.data.plan import DataPlan
+from flame.data.split import content_key
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
@@ -27,6 +28,8 @@ POWERS = 40  # of two: the classes of the histogram of lengths
 PARTITIONS = 64  # of the hashes: as little as that at a time is sorted in memory
 HELD_HASHES = 2**22  # in memory, before they go to disk
 
+COUNTS = ("records", "documents", "tokens", "characters", "over_length", "bad", "held_out", "unreadable")
+
 
 @dataclass
 class SourceReport:
@@ -36,17 +39,27 @@ class SourceReport:
     records: int = 0
     documents: int = 0
     tokens: int = 0
-    characters: int = 0
+    characters: int = 0  # none of token ids
     over_length: int = 0  # documents longer than a row
     lengths: list[int] = field(default_factory=lambda: [0] * POWERS)  # [i]: documents of 2^i to 2^(i+1) - 1
     bad: int = 0  # records without text
+    held_out: int = 0  # documents for validation, counted nowhere else here but among the duplicates
     unreadable: int = 0  # blocks that cannot be read at all
     named: list[str] = field(default_factory=list[str])  # the first of both: file, place, reason
     duplicates: int = 0  # documents whose whole text an earlier one of this source has
 
     def add(self, other: SourceReport) -> None:
         """Count in what comes next in the source."""
-        for name in ("records", "documents", "tokens", "characters", "over_length", "bad", "unreadable"):
+        for name in (
+            "records",
+            "documents",
+            "tokens",
+            "characters",
+            "over_length",
+            "bad",
+            "held_out",
+            "unreadable",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
         self.named = (self.named + other.named)[:NAMED]
@@ -59,7 +72,7 @@ class Report:
 
 
 def check_sources(
-    catalog: Catalog, sequence_length: int, processes: int, progress: Callable[[int, int], None]
+    catalog: Catalog, plan: DataPlan, processes: int, progress: Callable[[int, int], None]
 ) -> Report:
     """Read all sources. `progress`: called with (blocks done, blocks in all).
 
@@ -69,7 +82,7 @@ def check_sources(
     total, done = sum(len(source.blocks) for source in catalog.sources), 0
     with tempfile.TemporaryDirectory(prefix="flame-check-") as folder:
         hashes = Hashes(Path(folder), len(reports))
-        for source, blocks, found, texts in _scan(catalog, sequence_length, processes):
+        for source, blocks, found, texts in _scan(catalog, plan, processes):
             reports[source].add(found)
             hashes.add(source, texts)
             done += blocks
@@ -94,15 +107,15 @@ def _tasks(catalog: Catalog) -> Iterator[Task]:
             yield number, first, min(count, first + size)
 
 
-def _scan(catalog: Catalog, sequence_length: int, processes: int) -> Iterator[Result]:
+def _scan(catalog: Catalog, plan: DataPlan, processes: int) -> Iterator[Result]:
     """The results of all tasks in order, some of them computed ahead."""
     tasks = _tasks(catalog)
     if processes == 1:
-        scanner = Scanner(catalog, sequence_length)
+        scanner = Scanner(catalog, plan)
         yield from map(scanner, tasks)
         return
     with ProcessPoolExecutor(
-        processes, get_context("spawn"), initializer=_begin, initargs=(catalog, sequence_length)
+        processes, get_context("spawn"), initializer=_begin, initargs=(catalog, plan)
     ) as pool:
         ahead: deque[Future[Result]] = deque()
         for task in islice(tasks, 4 * processes):
@@ -124,9 +137,9 @@ def _scan(catalog: Catalog, sequence_length: int, processes: int) -> Iterator[Re
 _scanners: list[Scanner] = []  # the one of this process
 
 
-def _begin(catalog: Catalog, sequence_length: int) -> None:
+def _begin(catalog: Catalog, plan: DataPlan) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"  # there is a process for each core already
-    _scanners[:] = [Scanner(catalog, sequence_length)]
+    _scanners[:] = [Scanner(catalog, plan)]
 
 
 def _scan_one(task: Task) -> Result:
@@ -136,8 +149,9 @@ def _scan_one(task: Task) -> Result:
 class Scanner:
     """Reads blocks and counts what they hold."""
 
-    def __init__(self, catalog: Catalog, sequence_length: int) -> None:
-        self._catalog, self._sequence_length = catalog, sequence_length
+    def __init__(self, catalog: Catalog, plan: DataPlan) -> None:
+        self._catalog, self._sequence_length = catalog, plan.stages[0].sequence_length
+        self._fraction = plan.validation_fraction
         self._tokenizer: Tokenizer = catalog.load_tokenizer()
         self._readers: dict[int, Format] = {}
 
@@ -147,7 +161,7 @@ class Scanner:
         if number not in self._readers:
             self._readers[number] = source.open()
         reader, report = self._readers[number], SourceReport(source.name)
-        texts: list[str] = []
+        texts: list[str | np.ndarray] = []
         hashes: list[int] = []
         held = 0
         for block in range(first, end):
@@ -168,8 +182,11 @@ class Scanner:
                         place = reader.place(file, position)
                         report.named.append(f"{source.files[file].path}, {place}: {text.reason}")
                     continue
+                hashes.append(content_key(text))
+                if hashes[-1] < self._fraction * 2**64:
+                    report.held_out += 1
+                    continue
                 texts.append(text)
-                hashes.append(name_key(text))
                 held += len(text)
                 if held > ENCODED_CHARACTERS:
                     self._measure(texts, report)
@@ -178,10 +195,25 @@ class Scanner:
         self._measure(texts, report)
         return number, end - first, report, np.array(hashes, dtype=np.uint64)
 
-    def _measure(self, texts: Sequence[str], report: SourceReport) -> None:
+    def _measure(self, documents: Sequence[str | np.ndarray], report: SourceReport) -> None:
         """Count documents, characters, tokens and lengths in."""
-        if not texts:
+        if not documents:
             return
+        texts = [text for text in documents if isinstance(text, str)]
+        added = 1 + (self._tokenizer.bos_id is not None)
+        of_ids = [len(ids) + added for ids in documents if not isinstance(ids, str)]
+        lengths = np.concatenate([self._text_lengths(texts), np.array(of_ids, dtype=np.int64)])
+        report.documents += len(documents)
+        report.characters += sum(map(len, texts))
+        report.tokens += int(lengths.sum())
+        report.over_length += int((lengths > self._sequence_length).sum())
+        classes = np.bincount(np.log2(lengths).astype(np.int64), minlength=POWERS)
+        report.lengths = [a + int(b) for a, b in zip(report.lengths, classes, strict=True)]
+
+    def _text_lengths(self, texts: list[str]) -> np.ndarray:
+        """The tokens of each text: int64 [texts]."""
+        if not texts:
+            return np.zeros(0, dtype=np.int64)
         parts: list[tuple[str, bool, bool]] = []
         firsts: list[int] = []
         for text in texts:
@@ -190,13 +222,7 @@ class Scanner:
             last = len(pieces) - 1
             parts += [(piece, i == 0, i == last) for i, piece in enumerate(pieces)]
         counts = np.array([len(ids) for ids in self._tokenizer.encode_parts(parts)], dtype=np.int64)
-        lengths = np.add.reduceat(counts, np.array(firsts))
-        report.documents += len(texts)
-        report.characters += sum(map(len, texts))
-        report.tokens += int(lengths.sum())
-        report.over_length += int((lengths > self._sequence_length).sum())
-        classes = np.bincount(np.log2(lengths).astype(np.int64), minlength=POWERS)
-        report.lengths = [a + int(b) for a, b in zip(report.lengths, classes, strict=True)]
+        return np.add.reduceat(counts, np.array(firsts))
 
 
 # ---------------------------------------------------------------------------------- duplicates

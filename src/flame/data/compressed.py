@@ -7,6 +7,8 @@ zstd in the seekable format (facebook/zstd, contrib/seekable_format): small fram
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
+from flame.data.cache import BlockCache
 from flame.data.raw import RawFile
 
 SUFFIXES = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
@@ -83,6 +86,7 @@ def walk_frames(file: RawFile) -> Frames | None:
     at, size = 0, file.size
     stored, decoded = [0], [0]
     while at < size:
+        file.expect(at, 8 * CHUNK)
         head = file.read(at, 18)
         magic = struct.unpack("<I", head[:4])[0] if len(head) >= 4 else None
         if magic is not None and magic & 0xFFFFFFF0 == SKIPPABLE:
@@ -101,6 +105,19 @@ def walk_frames(file: RawFile) -> Frames | None:
     return Frames(np.array(stored, dtype=np.int64), np.array(decoded, dtype=np.int64))
 
 
+def remembered_frames(file: RawFile, cache: BlockCache, key: str) -> Frames | None:
+    """`walk_frames` once per node: `key` names the file's content in the block cache."""
+
+    def make(out: BinaryIO) -> None:
+        frames = walk_frames(file)
+        if frames is not None:
+            np.save(out, np.stack([frames.stored, frames.decoded]))
+
+    with os.fdopen(cache.open(f"frames/{key}", make), "rb") as entry:
+        content = entry.read()
+    return Frames(*np.load(io.BytesIO(content))) if content else None
+
+
 def _frame_end(file: RawFile, at: int, head: bytes) -> tuple[int | None, int]:
     """Where a frame ends (None: the file ends before) and the size of its text (-1: not said)."""
     size = file.size
@@ -111,6 +128,7 @@ def _frame_end(file: RawFile, at: int, head: bytes) -> tuple[int | None, int]:
     except zstandard.ZstdError:
         return None, 0
     while True:
+        file.expect(position, 8 * CHUNK)
         block = int.from_bytes(file.read(position, 3), "little")
         kind = block >> 1 & 3
         position += 3 + (1 if kind == 1 else block >> 3)

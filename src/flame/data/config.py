@@ -71,6 +71,48 @@ class SourceConfig:
         identity=True,
         parse=parse_count,
     )
+    documents: str = setting(
+        "file",
+        help="plain text: a document is a file, or a paragraph; lines of white space separate paragraphs",
+        identity=True,
+        choices=("file", "paragraph"),
+    )
+    validation: list[str] = setting(
+        [],
+        help="files of documents that are held out of training, named like files, among them or elsewhere",
+        identity=False,  # the fingerprint knows them
+        parse=parse_strings,
+    )
+    ids: bool = setting(
+        False,
+        help="the files hold ids of this recipe's tokenizer: .parquet or .arrow with a column of lists, "
+        ".npy, or .bin, Megatron's with its .idx or a flat one; EOS is put where it is missing",
+        identity=True,
+    )
+    ids_column: str | None = setting(
+        None, help='the column of ids; left out: "input_ids", else "tokens", else "token_ids"', identity=True
+    )
+    ids_dtype: str | None = setting(
+        None,
+        help='of a flat .bin, which has no .idx: nanoGPT writes "uint16"',
+        identity=True,
+        choices=("uint16", "uint32", "int32", "int64"),
+    )
+
+
+@dataclass
+class ValidationConfig:
+    fraction: float = setting(
+        0.0,
+        help="of the documents of all sources that is never trained, chosen by a hash of what they say",
+        identity=True,
+    )
+    tokens: int | None = setting(
+        None,
+        help="most that is read of what is held out; left out: all of it",
+        identity=False,
+        parse=parse_count,
+    )
 
 
 @dataclass

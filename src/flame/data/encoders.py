@@ -85,7 +85,7 @@ class Gigatoken:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         layout = self._inner.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        ids = np.asarray(layout.content.data).astype(np.int32)[offsets[0] : offsets[-1]]
+        ids = np.asarray(layout.content.data).view(np.int32)[offsets[0] : offsets[-1]]  # of uint32
         return ids, offsets[1:] - offsets[0]
 
     def count(self, texts: Sequence[str]) -> int:

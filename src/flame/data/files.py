@@ -27,6 +27,7 @@ from flame.data.compressed import (
     decode_stream,
     estimated_size,
     read_table,
+    remembered_frames,
     walk_frames,
     write_frames,
 )
@@ -83,19 +84,24 @@ class Files:
         self._frames = FrameMemory(KEPT_BYTES)
 
     def __getitem__(self, file: int) -> View:
-        view = self._open.pop(file, None)
-        if view is None:
-            if len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            view = open_view(self._files[file], self._access, self._frames)
-        self._open[file] = view
+        view = self._open.get(file)
+        if view is not None:
+            self._open.move_to_end(file)
+            return view
+        if len(self._open) >= OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        view = self._open[file] = open_view(self._files[file], self._access, self._frames)
         return view
 
     def read_exactly(self, file: int, start: int, length: int) -> bytes:
         content = self[file].read(start, length)
         if len(content) < length:
-            raise shrunk(self._files[file].path, start + len(content), start + length)
+            raise self.shrunk(file, start + len(content), start + length)
         return content
+
+    def shrunk(self, file: int, found: int, expected: int) -> DataError:
+        """The error of a file that ends before it should."""
+        return shrunk(self._files[file].path, found, expected)
 
     def __del__(self) -> None:
         for view in self._open.values():
@@ -169,12 +175,16 @@ def open_view(file: SourceFile, access: Access, memory: FrameMemory) -> View:
 
 
 def _frames(file: SourceFile, raw: RawFile, access: Access) -> Frames | None:
-    """The frames of a zstd file; None where only decoding it would show them. Raises Undecodable."""
+    """The frames of a zstd file; None where only decoding it would show them. Raises Undecodable.
+
+    A remote file without a table of them is fetched whole to find them, once per node: its blocks must be
+    those of the same file on a disk.
+    """
     found = read_table(raw)
-    if found is not None or is_url(file.path):  # to walk a remote file would be to fetch it
+    if found is not None:
         return found
     try:
-        return walk_frames(raw)
+        return remembered_frames(raw, access.cache, file.key) if is_url(file.path) else walk_frames(raw)
     except Undecodable:
         if not access.skip_corrupt:
             raise

@@ -17,7 +17,8 @@ class Bad(NamedTuple):
     reason: str
 
 
-Record = tuple[int, bytes | Bad | None]  # its position, and its content or why that cannot be had
+Content = bytes | np.ndarray | Bad | None  # of a record: undecoded, token ids, or why it cannot be had
+Record = tuple[int, Content]  # with its position
 
 
 class Format(Protocol):
@@ -59,9 +60,10 @@ class Format(Protocol):
         ...
 
 
-def text_of(reader: Format, content: bytes | Bad | None) -> str | Bad:
-    """The text of what a format read, or why there is none; a corrupt range says so itself."""
-    return content if isinstance(content, Bad) else reader.decode(content)
+def text_of(reader: Format, content: Content) -> str | np.ndarray | Bad:
+    """The text or the token ids (as `ids.checked` gives them) of what a format read, or why there is none; a
+    corrupt range says so itself."""
+    return content if isinstance(content, (Bad, np.ndarray)) else reader.decode(content)
 
 
 def decode_utf8(content: bytes | None) -> str | Bad:

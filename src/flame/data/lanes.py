@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
-from flame.batch import Segment, Skip
+from flame.batch import Skip
 from flame.data import blocks
 from flame.data.mixture import next_source
 from flame.data.packing import Piece, pack
 from flame.data.plan import DataPlan, Stage
-from flame.data.streams import CURSOR, Cursor, Document, SourceReader, Stream
+from flame.data.streams import COUNTED, CURSOR, Cursor, Document, SourceReader, Stream
 from flame.data.tokens import PartsEncoder
+from flame.data.windows import LANE_COLUMNS, PackedRows, Window, every
 from flame.errors import DataError
 
-LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
+NEVER = np.iinfo(np.int64).max  # the offset of a cut that is not there
 UNKNOWN = 0  # the hash of a window whose files have changed by permission
-RECORDS, SKIPPED = (CURSOR.index(name) - len(CURSOR) for name in ("records", "skipped"))
 
-
-def state_columns(sources: Sequence[str]) -> list[str]:
-    """The names of the columns of the data state."""
-    return [*LANE_COLUMNS, *(f"{source}.{name}" for source in sources for name in CURSOR)]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRow:
-    """One row of a lane; its segments are all of it, unless it is the lane's last row: padding follows."""
-
-    tokens: np.ndarray  # int32 [L]
-    segments: tuple[Segment, ...]
-    sources: np.ndarray  # int64 [sources, 3]: as in flame.batch.StepRows
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The packed rows of a lane's window and what it took from the sources."""
-
-    index: int
-    size: int  # rows that the window has room for
-    rows: tuple[PackedRow, ...]  # fewer where the lane ends
-    ended: bool  # whether the lane had ended before
-    start: tuple[Cursor, ...]  # of each source
-    records: np.ndarray  # int64 [sources, 2]: records passed (the skipped ones included), and skipped
-    skips: tuple[Skip, ...]
-    hash: int  # int64, of all tokens
-    end: tuple[int, ...]  # the lane's row of the data state when all rows are used
-
-    def state(self, row: int) -> list[int]:
-        """The lane's row of the data state when `row` rows of this window are used; at 0 it is not begun."""
-        if row == self.size:
-            return list(self.end)
-        values = [self.index, row, self.hash if row else 0, int(self.ended)]
-        for cursor, (records, skipped) in zip(self.start, self.records.tolist(), strict=True):
-            values += cursor.values()
-            if row:  # what a begun window passed has been reported
-                values[-1] = self.end[len(values) - 1]
-                values[RECORDS] += records
-                values[SKIPPED] += skipped
-        return values
+Documents = list[tuple[int, Document]]  # (source, document)
 
 
 class Lane:
@@ -88,26 +48,24 @@ class Lane:
     def next_window(self) -> Window:
         """The next window, packed. The first after a resume must be the one that the state saw."""
         self._begin_phase()
-        start = tuple(Cursor(*stream.cursor.values()) for stream in self._streams)
-        index, ended = self.window_index, self._ended
+        start, index = self.state(), self.window_index
         stage = self.plan.stage_of(index)
         size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
-        was_cut = [bool(cursor.cut) for cursor in start]
+        was_cut = [bool(stream.cursor.cut) for stream in self._streams]
         documents, pieces, records, skips = self._fill(stage, size)
-        made = self._rows(stage, size, documents, pieces, was_cut)
-        digest = hashlib.blake2b(digest_size=8)
-        for row in made:
-            digest.update(row.tokens.data)
+        rows = self._rows(stage, size, documents, pieces, was_cut)
+        digest = hashlib.blake2b(rows.tokens.reshape(-1).data, digest_size=8)
         window_hash = int.from_bytes(digest.digest(), "little", signed=True)
         if self._row:
             self._check_resumed(window_hash, documents)
-            for cursors in (start, [stream.cursor for stream in self._streams]):
-                for cursor, (passed, skipped) in zip(cursors, records.tolist(), strict=True):
-                    cursor.records -= passed  # the state had counted them already
-                    cursor.skipped -= skipped
-            self._row = 0
+            before = np.array(start)
+            for i, name in enumerate(COUNTED):  # the state had counted them already
+                before[every(name)] -= records[:, i]
+                for stream, counts in zip(self._streams, records.tolist(), strict=True):
+                    setattr(stream.cursor, name, getattr(stream.cursor, name) - counts[i])
+            start, self._row = before.tolist(), 0
         self.window_index += 1
-        return Window(index, size, made, ended, start, records, skips, window_hash, tuple(self.state()))
+        return Window(index, size, rows, start, self.state(), records, skips, window_hash)
 
     def state(self) -> list[int]:
         """This lane's row of the data state before its next window."""
@@ -122,30 +80,41 @@ class Lane:
             for stream in self._streams:
                 stream.cursor.phase_tokens = 0
 
-    def _fill(
-        self, stage: Stage, rows: int
-    ) -> tuple[list[tuple[int, Document]], list[Piece], np.ndarray, tuple[Skip, ...]]:
-        """Exactly the window's tokens, or all that are left, turn by turn: the documents as (source,
-        document), their pieces, the records and the skips."""
+    def _fill(self, stage: Stage, rows: int) -> tuple[Documents, list[Piece], np.ndarray, tuple[Skip, ...]]:
+        """Exactly the window's tokens, or all that are left: the documents, their pieces, the records and the
+        skips."""
+        before = [s.cursor.counted for s in self._streams]
+        documents, pieces = self._take_turns(stage, rows * stage.sequence_length)
+        after = [s.cursor.counted for s in self._streams]
+        skips: list[Skip] = []
+        for stream in self._streams:
+            skips += stream.skips
+            stream.skips.clear()
+        records = np.array(after, dtype=np.int64) - np.array(before, dtype=np.int64)
+        return documents, pieces, records, tuple(skips)
+
+    def _take_turns(self, stage: Stage, need: int) -> tuple[Documents, list[Piece]]:
+        """`need` tokens, or all that are left: each turn at most a row's of one document."""
         length, most = stage.sequence_length, stage.max_document_length
-        before = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
         given = [stream.cursor.phase_tokens for stream in self._streams]
         weights = [0.0 if s.ended else w for s, w in zip(self._streams, stage.weights, strict=True)]
-        documents: list[tuple[int, Document]] = []
-        numbers: dict[int, int] = {}  # of the documents, by identity
+        documents: Documents = []
         pieces: list[Piece] = []
-        need = rows * length
+        numbers = [-1] * len(weights)  # of each source's document
+        total = sum(weights)
         self._ended = self._ended or not any(weights)
         while need and not self._ended:
             source = next_source(given, weights, length)
             stream = self._streams[source]
-            document = stream.document(int(need * weights[source] / sum(weights)) + length)
+            document = stream.document(int(need * weights[source] / total) + length)
             if document is None:
                 weights[source] = 0.0
+                total = sum(weights)
                 self._ended = self.plan.stops_at_source_end or not any(weights)
                 continue
-            number = numbers.setdefault(id(document), len(documents))
-            if number == len(documents):
+            number = numbers[source]
+            if number < 0 or documents[number][1] is not document:
+                number = numbers[source] = len(documents)
                 documents.append((source, document))
             offset = stream.cursor.offset
             turn = min(length, need, len(document.tokens) - offset)
@@ -157,26 +126,11 @@ class Lane:
             stream.give(turn)
             given[source] += turn
             need -= turn
-        after = [(s.cursor.records, s.cursor.skipped) for s in self._streams]
-        skips: list[Skip] = []
-        for stream in self._streams:
-            skips += stream.skips
-            stream.skips.clear()
-        return (
-            documents,
-            pieces,
-            np.array(after, dtype=np.int64) - np.array(before, dtype=np.int64),
-            tuple(skips),
-        )
+        return documents, pieces
 
     def _rows(
-        self,
-        stage: Stage,
-        size: int,
-        documents: list[tuple[int, Document]],
-        pieces: list[Piece],
-        was_cut: list[bool],
-    ) -> tuple[PackedRow, ...]:
+        self, stage: Stage, size: int, documents: Documents, pieces: list[Piece], was_cut: list[bool]
+    ) -> PackedRows:
         """The pieces as rows in their final order; a row with padding is the last. `was_cut`: of each
         source's first document."""
         length, tokens = stage.sequence_length, sum(piece.length for piece in pieces)
@@ -187,53 +141,54 @@ class Lane:
         order = blocks.shuffled(rows - bool(padding), key, blocks.name_key("rows")).tolist()
         if padding:
             order.append(rows - 1)
-        cuts = self._count_cuts(stage, documents, packed, was_cut)
-        return tuple(self._row_of(stage, packed[i], documents, cuts) for i in order)
+        placed = [piece for row in order for piece in packed[row]]
+        parts = [documents[number][1].tokens[start : start + count] for number, start, count in placed]
+        segments = np.array(placed, dtype=np.int64).reshape(-1, 3)
+        bounds = [0, *accumulate(len(packed[row]) for row in order)]
+        return PackedRows(
+            np.concatenate([*parts, np.zeros(padding, dtype=np.int32)]).reshape(rows, length),
+            [(self._streams[source].reader, document) for source, document in documents],
+            segments,
+            bounds,
+            self._count(stage, documents, segments, bounds, was_cut),
+        )
 
-    def _count_cuts(
+    def _count(
         self,
         stage: Stage,
-        documents: list[tuple[int, Document]],
-        packed: list[list[Piece]],
+        documents: Documents,
+        segments: np.ndarray,
+        bounds: list[int],
         was_cut: list[bool],
-    ) -> dict[int, int]:
-        """The documents that are cut here for the first time, and at which offset the segment begins that
-        ends too early. Notes at each cursor whether its document has been cut."""
+    ) -> np.ndarray:
+        """Of each row and source the tokens, the documents that begin, and those that are cut for the first
+        time, each counted where its first segment ends too early: int64 [rows, sources, 3]."""
+        number, offset, length = segments.T
+        source = np.array([source for source, _ in documents], dtype=np.int64)
+        sizes = np.array([len(document.tokens) for _, document in documents], dtype=np.int64)
         most = stage.max_document_length
-        cuts: dict[int, int] = {}
-        for number, offset, length in (piece for row in packed for piece in row):
-            if offset + length < min(len(documents[number][1].tokens), (offset // most + 1) * most):
-                cuts[number] = min(offset, cuts.get(number, offset))
-        numbers = {source: number for number, (source, _) in enumerate(documents)}  # each source's last
-        for source, number in numbers.items():
-            cursor = self._streams[source].cursor
-            cursor.cut |= int(cursor.offset > 0 and number in cuts)
-        first = {source: number for number, (source, _) in reversed(list(enumerate(documents)))}
-        for source, number in first.items():
-            if was_cut[source]:
-                cuts.pop(number, None)
-        return cuts
+        early = offset + length < np.minimum(sizes[number], (offset // most + 1) * most)
+        first_cut = np.full(len(documents), NEVER)
+        np.minimum.at(first_cut, number[early], offset[early])
+        self._note_cuts(source, first_cut, was_cut)
+        rows, sources = len(bounds) - 1, len(self._streams)
+        cell = np.repeat(np.arange(rows) * sources, np.diff(bounds)) + source[number]
+        counted = (length, offset == 0, offset == first_cut[number])
+        sums = [np.bincount(cell, weights, rows * sources).astype(np.int64) for weights in counted]
+        return np.stack(sums, axis=-1).reshape(rows, sources, 3)
 
-    def _row_of(
-        self,
-        stage: Stage,
-        pieces: list[Piece],
-        documents: list[tuple[int, Document]],
-        cuts: dict[int, int],
-    ) -> PackedRow:
-        segments: list[Segment] = []
-        counts = np.zeros((len(self._streams), 3), dtype=np.int64)
-        for number, offset, length in pieces:
-            source, document = documents[number]
-            reader = self._streams[source].reader
-            name = reader.document_id(document)
-            segments.append(Segment(reader.source.name, document.epoch, name, offset, length))
-            counts[source] += (length, offset == 0, cuts.get(number) == offset)
-        parts = [documents[n][1].tokens[offset : offset + length] for n, offset, length in pieces]
-        padding = np.zeros(stage.sequence_length - sum(map(len, parts)), dtype=np.int32)
-        return PackedRow(np.concatenate([*parts, padding]), tuple(segments), counts)
+    def _note_cuts(self, source: np.ndarray, first_cut: np.ndarray, was_cut: list[bool]) -> None:
+        """Note at each cursor whether its document has been cut, and forget the cuts of a document that had
+        been cut before. Each source's first and last document may go on in another window."""
+        for i, stream in enumerate(self._streams):
+            taken = np.flatnonzero(source == i)
+            if not len(taken):
+                continue
+            stream.cursor.cut |= int(stream.cursor.offset > 0 and first_cut[taken[-1]] < NEVER)
+            if was_cut[i]:
+                first_cut[taken[0]] = NEVER
 
-    def _check_resumed(self, found: int, documents: list[tuple[int, Document]]) -> None:
+    def _check_resumed(self, found: int, documents: Documents) -> None:
         """The open window of a resume must hold the tokens that it held when the state was taken."""
         if self._hash in (found, UNKNOWN):
             return

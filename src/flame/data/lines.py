@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from flame.data.cache import LOCAL, Access
-from flame.data.files import Files, as_files, head_lines
+from flame.data.files import Files, View, as_files, head_lines
 from flame.data.formats import Bad, Record, decode_utf8
 from flame.data.raw import SourceFile
 from flame.errors import DataError
@@ -81,17 +81,20 @@ class JsonLines(Text):
         return self._files[file].cut(block_bytes)
 
     def read(self, file: int, start: int, stop: int) -> list[Record]:
-        start, stop = self._files[file].place(start, stop)
+        view = self._files[file]
+        start, stop = view.place(start, stop)
         if start == stop:
             return []
-        lines = self._lines(file, start, stop)
-        lost = [(at, Bad(reason)) for at, reason in self._files[file].corrupt(start, stop)]
+        lines = self._lines(file, view, start, stop)
+        lost = [(at, Bad(reason)) for at, reason in view.corrupt(start, stop)]
         return sorted([*lines, *lost], key=lambda record: record[0]) if lost else lines
 
-    def _lines(self, file: int, start: int, stop: int) -> list[Record]:
+    def _lines(self, file: int, view: View, start: int, stop: int) -> list[Record]:
         """The lines that begin in a range, blank ones left out."""
         first = max(0, start - 1)  # a line begins at `start` only where a newline comes before
-        content = self._files.read_exactly(file, first, stop - first)
+        content = view.read(first, stop - first)
+        if len(content) < stop - first:
+            raise self._files.shrunk(file, first + len(content), stop)
         if start:
             newline = content.find(b"\n")
             if newline < 0:
@@ -101,17 +104,20 @@ class JsonLines(Text):
                 return []
         size = CHUNK // 16
         while not content.endswith(b"\n"):  # the last line goes on behind the range
-            more = self._files[file].read(start + len(content), size)
+            more = view.read(start + len(content), size)
             end = more.find(b"\n")
             content += more[: end + 1] if end >= 0 else more
             if len(more) < size:
                 break
             size *= 2
+        *whole, last = content.split(b"\n")  # bytes.splitlines would also end a line at a carriage return
         found: list[Record] = []
-        for line in _split(content):
-            if line.strip():
-                found.append((start, line))
-            start += len(line)
+        for line in whole:
+            if line and not line.isspace():
+                found.append((start, line + b"\n"))
+            start += len(line) + 1
+        if last and not last.isspace():
+            found.append((start, last))
         return found
 
     def decode(self, content: bytes | None) -> str | Bad:
@@ -119,12 +125,12 @@ class JsonLines(Text):
         if not isinstance(record, dict):
             return record if isinstance(record, Bad) else Bad("not a JSON object")
         fields = cast("dict[str, Any]", record)
+        text: Any = fields.get(self._field)
+        if isinstance(text, str):
+            return text or Bad("empty text")
         if self._field not in fields:
             return Bad(f'no field "{self._field}"')
-        text: Any = fields[self._field]
-        if not isinstance(text, str):
-            return Bad(f'field "{self._field}" is {"null" if text is None else "no string"}')
-        return text or Bad("empty text")
+        return Bad(f'field "{self._field}" is {"null" if text is None else "no string"}')
 
     def place(self, file: int, position: int) -> str:
         if position > COUNTED_BYTES:
@@ -137,15 +143,6 @@ class JsonLines(Text):
         rest = self._files[file].read(whole * CHUNK, position - whole * CHUNK)
         line = counts[whole] + rest.count(b"\n") + 1
         return f"line {line}"
-
-
-def _split(content: bytes) -> Iterator[bytes]:
-    """`bytes.splitlines` would also end a line at a carriage return."""
-    *whole, last = content.split(b"\n")
-    for line in whole:
-        yield line + b"\n"
-    if last:
-        yield last
 
 
 def _json(line: bytes) -> Any:

@@ -15,10 +15,12 @@ import torch
 
 from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog, open_readers
-from flame.data.lanes import Lane, PackedRow, Window, state_columns
+from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
+from flame.data.streams import COUNTED
 from flame.data.tokens import PartsEncoder
+from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
 
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
@@ -74,7 +76,7 @@ class Loader:
             for lane in sorted(wanted)
         }
         self._owned = [lane for lane in self._lanes if lane % world == rank]
-        self.state_seconds = 0.0  # spent in taking the states of all steps made
+        self.state_seconds = 0.0  # of the processor, spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(
@@ -167,59 +169,62 @@ class Loader:
                 window = lane.next_window()
                 if number in needed:  # else in another stage
                     windows[number] = window
+            begun = time.thread_time()
+            owned = {lane: windows[lane] for lane in self._owned}
+            states = WindowStates(owned, plan.lanes, len(self.columns))
+            self.state_seconds += time.thread_time() - begun
             end = start + plan.steps_in_window(index)
             for step in range(next_step, end):
-                yield self._assemble(share, step, step - start, windows)
+                yield self._assemble(share, step, step - start, windows, states)
             next_step = end
 
-    def _assemble(self, share: Share, step: int, step_in_window: int, windows: dict[int, Window]) -> StepRows:
+    def _assemble(
+        self,
+        share: Share,
+        step: int,
+        step_in_window: int,
+        windows: dict[int, Window],
+        states: WindowStates,
+    ) -> StepRows:
         plan = self._plan
         index = next(iter(windows.values())).index
         lane_rows, first = plan.lane_rows(index), plan.first_row(step)
         used = step_in_window * lane_rows
         rows: list[Row] = []
-        packed: list[PackedRow] = []
+        sources = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
         for place in share.places:
-            window, number = windows[place % plan.lanes], used + place // plan.lanes
-            if number < len(window.rows):  # else the lane has ended
-                packed.append(window.rows[number])
-                rows.append(Row(first + place, packed[-1].tokens, packed[-1].segments))
-        filler = Row(-1, np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32), ())
+            packed, number = windows[place % plan.lanes].rows, used + place // plan.lanes
+            if number < len(packed):  # else the lane has ended
+                rows.append(packed.row(number, first + place))
+                sources += packed.sources[number]
+        counts = _counts(rows, sources)
+        zeros = np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32)
+        filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
         rows += [filler] * (share.micro_batches * size - len(rows))
-        begun = time.perf_counter()
-        state = np.zeros((plan.lanes, len(self.columns)), dtype=np.int64)
-        for lane in self._owned:
-            state[lane] = windows[lane].state(used + lane_rows)
-        self.state_seconds += time.perf_counter() - begun
-        records = np.zeros((len(self._catalog.sources), 2), dtype=np.int64)
+        begun = time.thread_time()
+        state = states.after(used + lane_rows)
+        self.state_seconds += time.thread_time() - begun
+        records = np.zeros((len(sources), len(COUNTED)), dtype=np.int64)
         skips: list[Skip] = []
         if step_in_window == 0:
             for lane in self._owned:
                 records += windows[lane].records
                 skips += windows[lane].skips
-        sources = sum((row.sources for row in packed), np.zeros((len(records), 3), dtype=np.int64))
-        epochs = [[cursor.epoch for cursor in window.start] for window in windows.values()]
+        epochs = np.array([window.start[EPOCH] for window in windows.values()], dtype=np.int64).min(axis=0)
+        weighted = np.array(plan.stage_of(index).weights) > 0
         return StepRows(
             step=step,
             rows=tuple(rows),
             micro_batches=tuple(make_batch(rows[i : i + size]) for i in range(0, len(rows), size)),
-            counts=_counts(rows, sources),
+            counts=counts,
             records=records,
             skips=tuple(skips),
             sources=sources,
-            epoch=self._epoch(plan.stage_of(index).weights, windows),
-            epochs=np.array(epochs, dtype=np.int64).min(axis=0),
+            epoch=int(epochs[weighted].min()),
+            epochs=epochs,
             state=state,
             wait_seconds=0.0,
-        )
-
-    def _epoch(self, weights: Sequence[float], windows: dict[int, Window]) -> int:
-        return min(
-            cursor.epoch
-            for window in windows.values()
-            for cursor, weight in zip(window.start, weights, strict=True)
-            if weight
         )
 
 
@@ -245,38 +250,49 @@ def rows_of_rank(plan: DataPlan, stage: Stage, rank: int, world: int) -> list[in
 
 def make_batch(rows: list[Row]) -> Batch:
     """A micro-batch of b rows; filler and the padding of a row are a segment each, without labels."""
-    tokens = np.stack([row.tokens for row in rows]).astype(np.int64)
-    length = tokens.shape[1]
-    listed: list[int] = []
-    real = np.zeros(len(rows), dtype=np.int64)  # tokens of each row that are no padding
-    for i, row in enumerate(rows):
-        listed += [segment.length for segment in row.segments]
-        real[i] = sum(segment.length for segment in row.segments)
-        if real[i] < length:
-            listed.append(length - int(real[i]))
-    lengths = np.array(listed, dtype=np.int64)
+    length = len(rows[0].tokens)
+    shape = len(rows), length
+    tokens = np.concatenate([row.tokens for row in rows], dtype=np.int64)
+    lengths = np.concatenate([row.lengths for row in rows])
+    padded: list[slice] = []  # tokens that are padding
+    if lengths.sum() < len(tokens):
+        lengths, padded = _with_padding(rows, length)
     ends = np.cumsum(lengths)
-    labels = np.empty(tokens.size, dtype=np.int64)
-    labels[:-1] = tokens.reshape(-1)[1:]
+    labels = np.empty_like(tokens)
+    labels[:-1] = tokens[1:]
     labels[ends - 1] = IGNORED
-    labels = labels.reshape(tokens.shape)
-    labels[np.arange(length) >= real[:, None]] = IGNORED
-    positions = np.arange(tokens.size, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    for part in padded:
+        labels[part] = IGNORED
+    positions = np.arange(len(tokens), dtype=np.int64)
+    positions -= np.repeat(ends - lengths, lengths)
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(positions.reshape(tokens.shape)),
+        tokens=torch.from_numpy(tokens.reshape(shape)),
+        labels=torch.from_numpy(labels.reshape(shape)),
+        positions=torch.from_numpy(positions.reshape(shape)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         longest_segment=int(lengths.max()),
         first_row=rows[0].index,
     )
 
 
+def _with_padding(rows: list[Row], length: int) -> tuple[np.ndarray, list[slice]]:
+    """The lengths of all segments, the padding of a row a segment of its own, and where padding lies."""
+    lengths: list[np.ndarray] = []
+    padded: list[slice] = []
+    for i, row in enumerate(rows):
+        lengths.append(row.lengths)
+        real = int(row.lengths.sum())
+        if real < length:
+            lengths.append(np.array([length - real], dtype=np.int64))
+            padded.append(slice(i * length + real, (i + 1) * length))
+    return np.concatenate(lengths), padded
+
+
 def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
-    real = [row for row in rows if row.segments]
-    lengths = np.array([s.length for row in real for s in row.segments], dtype=np.int64)
+    """Of rows that are no filler."""
+    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(row.lengths for row in rows)])
     digest = 0
-    for row in real:
+    for row in rows:
         content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
         content.update(row.tokens.data)
         digest += int.from_bytes(content.digest(), "little")

@@ -12,6 +12,8 @@ def next_source(given: Sequence[int], weights: Sequence[float], turn_tokens: int
     (Tijdeman's chairman assignment). Every source then stays within `turn_tokens` of its share at all
     times, with any number of sources; the smallest given / weight alone keeps that for two only.
     """
+    if len(weights) == 1:
+        return 0
     tokens, total = sum(g for g, weight in zip(given, weights, strict=True) if weight > 0), sum(weights)
     best, best_key = -1, (True, float("inf"))
     for i, weight in enumerate(weights):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left, insort
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -23,16 +23,18 @@ def pack(pieces: list[Piece], row_length: int, rows: int, padding: int = 0) -> l
     nowhere is cut to fill the emptiest row, and the rest goes on as a piece of its own.
     """
     packed: list[list[Piece]] = [[] for _ in range(rows)]
-    rooms = [(row_length, row) for row in range(rows)]  # sorted: (tokens free, row)
+    rooms = [row_length * rows + row for row in range(rows)]  # sorted: tokens free * rows + row
     if padding:
-        rooms.insert(0, (row_length - padding, rooms.pop()[1]))
-    for document, offset, length in sorted(pieces, key=itemgetter(2), reverse=True):
-        while length:
-            place = bisect.bisect_left(rooms, (length, -1))
-            room, row = rooms.pop(min(place, len(rooms) - 1))
-            taken = min(length, room)
-            packed[row].append(Piece(document, offset, taken))
-            offset, length = offset + taken, length - taken
-            if room > taken:
-                bisect.insort(rooms, (room - taken, row))
+        rooms.insert(0, rooms.pop() - padding * rows)
+    for piece in sorted(pieces, key=itemgetter(2), reverse=True):
+        place = bisect_left(rooms, piece.length * rows)
+        while place == len(rooms):
+            room, row = divmod(rooms.pop(), rows)
+            packed[row].append(piece._replace(length=room))
+            piece = Piece(piece.document, piece.offset + room, piece.length - room)
+            place = bisect_left(rooms, piece.length * rows)
+        room = rooms.pop(place)
+        packed[room % rows].append(piece)
+        if (left := room - piece.length * rows) >= rows:
+            insort(rooms, left)
     return packed

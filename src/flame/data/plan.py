@@ -59,10 +59,20 @@ class DataPlan:
     max_epochs: tuple[int | None, ...]  # of each source; None: without end
     stops_at_source_end: bool  # a source that ends in a lane ends the lane; else its other sources go on
     group_blocks: int = 2  # G: blocks of a lane whose documents are permuted together
+    validation_fraction: float = 0.0  # of the documents is held out, by a hash of each
+    validates: bool = False  # gives what is held out, in place of the rest
 
     @classmethod
-    def of(cls, config: DataConfig, tokens_per_step: int, seed: int) -> DataPlan:
+    def of(
+        cls, config: DataConfig, tokens_per_step: int, seed: int, validation_fraction: float = 0.0
+    ) -> DataPlan:
         """The plan of a recipe, defaults resolved. Raises RecipeError where settings exclude each other."""
+        if not 0 <= validation_fraction < 1:
+            raise RecipeError(
+                f"validation.fraction: found {validation_fraction}, expected a share from 0 to below 1"
+            )
+        if validation_fraction and any(source.validation for source in config.sources):
+            raise RecipeError("validation.fraction: a source names validation files; give one of the two")
         for source in config.sources:
             if source.max_epochs is not None and source.max_epochs < 1:
                 found = source.max_epochs
@@ -74,7 +84,14 @@ class DataPlan:
             stages.append(next_stage(config, stages[-1], number))
         lanes = resolve_lanes(config.lanes, [stage.rows_per_step for stage in stages])
         epochs = tuple(source.max_epochs for source in config.sources)
-        return cls(seed, lanes, tuple(stages), epochs, config.at_source_end == "stop")
+        return cls(
+            seed,
+            lanes,
+            tuple(stages),
+            epochs,
+            config.at_source_end == "stop",
+            validation_fraction=validation_fraction,
+        )
 
     @property
     def ends(self) -> bool:

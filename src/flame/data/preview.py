@@ -8,10 +8,11 @@ import numpy as np
 
 from flame.batch import Row
 from flame.data.catalog import Catalog, fingerprint, open_readers
-from flame.data.lanes import Lane, state_columns
+from flame.data.lanes import Lane
 from flame.data.loader import Loader, check_world
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
+from flame.data.windows import state_columns
 
 
 def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Iterator[list[Row]]:
@@ -25,7 +26,7 @@ def preview(catalog: Catalog, plan: DataPlan, steps: range, world: int) -> Itera
     state = state_at_window(catalog, plan, plan.window_at(steps.start)[0]) if steps.start else None
     loaders = [Loader(catalog, plan, rank, world, 1, state, prefetch=False) for rank in range(world)]
     for step in range(0 if state is None else state.next_step, steps.stop):
-        rows = [row for loader in loaders for row in loader.next_step().rows if row.segments]
+        rows = [row for loader in loaders for row in loader.next_step().rows if len(row.lengths)]
         if step in steps:
             yield sorted(rows, key=lambda row: row.index)
 

@@ -54,6 +54,12 @@ def list_url(pattern: str) -> tuple[list[str], str, bool]:
     return names, "/".join(parts[:fixed]), False
 
 
+def url_exists(url: str) -> bool:
+    """Whether a file lies there. Raises DataError."""
+    system, path = _system(url)
+    return bool(retried(url, lambda: system.isfile(path)))
+
+
 def retried(url: str, ask: Callable[[], T]) -> T:
     """What `ask` returns, tried again where that may help. Raises DataError naming the URL."""
     for attempt in range(1, TRIES + 1):

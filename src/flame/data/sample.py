@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flame.data.formats import Bad, text_of
+from flame.data.formats import text_of
 from flame.data.sources import Source
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -17,9 +17,11 @@ LEAST_BLOCKS = 64  # that a source's share of the sample comes from, where it is
 def sample_texts(sources: Sequence[Source], characters: int) -> Iterator[str]:
     """Texts of about `characters` in all, each source's share by its weight; less where there is less.
 
-    Long texts are cut to what is still wanted. Raises DataError on what cannot be read.
+    Long texts are cut to what is still wanted. Sources of token ids give none. Raises DataError on what
+    cannot be read.
     """
-    total = sum(source.weight for source in sources)
+    sources = [source for source in sources if not source.holds_ids]
+    total = sum(source.weight for source in sources) or 1.0
     for source in sources:
         yield from _texts(source, int(characters * source.weight / total))
 
@@ -35,7 +37,7 @@ def _texts(source: Source, characters: int) -> Iterator[str]:
             if wanted <= 0:
                 break
             text = text_of(reader, content)
-            if isinstance(text, Bad):
+            if not isinstance(text, str):
                 continue
             text = text[:wanted]
             wanted -= len(text)

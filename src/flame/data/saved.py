@@ -38,8 +38,7 @@ class ArrowTable:
 
     @staticmethod
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
-        schema, _ = _open_arrow(as_files([path])[0], access)
-        return [field.name for field in schema if holds_text(field.type)]
+        return [field.name for field in arrow_schema(as_files([path])[0], access) if holds_text(field.type)]
 
     def decoded_bytes(self, file: int) -> int:
         return sum(int(chunk.nbytes) for chunk in self._column(file)[0])
@@ -61,12 +60,12 @@ class ArrowTable:
             raw.close()
             if found < known.size:
                 raise shrunk(known.path, found, known.size)
-        contents: list[bytes | None] = []
+        contents: list[Any] = []
         first = int(np.searchsorted(firsts, start, side="right")) - 1
         for i in range(first, int(np.searchsorted(firsts, stop))):
             at = int(firsts[i])
             piece = chunks[i].slice(max(0, start - at), min(stop, int(firsts[i + 1])) - max(start, at))
-            contents += piece.cast(arrow.large_binary()).to_pylist()
+            contents += self.contents(piece)
         return list(zip(range(start, stop), contents, strict=True))
 
     def expect(self, file: int, start: int, stop: int) -> None:
@@ -74,6 +73,10 @@ class ArrowTable:
 
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
+
+    def contents(self, column: Any) -> list[Any]:
+        """The rows of a piece of the column."""
+        return column.cast(arrow.large_binary()).to_pylist()
 
     def place(self, file: int, position: int) -> str:
         return f"row {position}"
@@ -92,6 +95,11 @@ class ArrowTable:
             known = chunks, np.cumsum([0, *(len(chunk) for chunk in chunks)])
         self._open[file] = known
         return known
+
+
+def arrow_schema(file: SourceFile, access: Access) -> Any:
+    """The columns of a file. Raises DataError."""
+    return _open_arrow(file, access)[0]
 
 
 def _open_arrow(file: SourceFile, access: Access) -> tuple[Any, list[Any]]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from flame.batch import Skip
 from flame.data import blocks
-from flame.data.blocks import Blocks
-from flame.data.formats import Bad, Format, text_of
+from flame.data.blocks import Blocks, Draws, Range
+from flame.data.formats import Bad, Content, Format, text_of
+from flame.data.ids import BYTES_PER_ID, split_ids, with_ends
 from flame.data.plan import DataPlan
+from flame.data.raw import is_url
 from flame.data.sources import Source, document_id
+from flame.data.split import is_held_out
 from flame.data.tokens import PartsEncoder, split_text
 from flame.errors import DataError
 
@@ -28,12 +32,16 @@ CURSOR = (
     "phase_tokens",
     "records",
     "skipped",
+    "held_out",
     "cut",
     "begun",
 )
+COUNTED = ("records", "skipped", "held_out")  # the columns of `StepRows.records`
+HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
+NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _cursor_values = attrgetter(*CURSOR)
 
@@ -50,8 +58,14 @@ class Cursor:
     phase_tokens: int = 0  # given since the weights last changed
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
+    held_out: int = 0  # of them, documents for validation
     cut: int = 0  # 1 where the document here has been cut already
     begun: int = 0  # the last epoch that was begun, at the end of the window that is open
+
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """Records passed, and of them skipped and held out."""
+        return self.records, self.skipped, self.held_out
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -69,8 +83,18 @@ class Document:
     file: int
     part: int | None  # where the text was split
     ends_record: bool
-    text: str | Bad
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # int32 [tokens]
+    text: str | np.ndarray | Bad  # or its token ids
+    tokens: np.ndarray  # int32 [tokens]
+
+
+class Group(NamedTuple):
+    """G blocks of a lane, whose documents are permuted together."""
+
+    epoch: int
+    number: int
+    ranges: list[Range]
+    key: int  # of the permutation
+    draws: Draws
 
 
 class Exhausted:
@@ -91,6 +115,7 @@ class SourceReader:
         self.source, self.plan, self.max_epochs = source, plan, max_epochs
         self._generations = generations or [(0, source.blocks)]
         self.format: Format = source.open()
+        self._remote = any(is_url(file.path) for file in source.files)
         self.key = blocks.name_key(source.name)
 
     def blocks(self, epoch: int) -> Blocks:
@@ -103,22 +128,20 @@ class SourceReader:
         key = blocks.mix(self.plan.seed, epoch, self.key)
         return blocks.feistel(positions, len(self.blocks(epoch)), key)
 
-    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
+    def records(self, group: list[Range]) -> list[tuple[int, int, Content]]:
         """The records of some blocks in file order: (file, position, content)."""
-        cut, found = self.blocks(epoch), list[tuple[int, int, bytes | Bad | None]]()
-        where = zip(
-            cut.file[group].tolist(), cut.start[group].tolist(), cut.stop[group].tolist(), strict=True
-        )
-        for file, start, stop in where:
-            read = self.format.read(file, start, stop)
-            found += [(file, position, content) for position, content in read]
-        return found
+        read = self.format.read
+        return [
+            (file, position, content)
+            for file, start, stop in group
+            for position, content in read(file, start, stop)
+        ]
 
-    def expect(self, epoch: int, group: np.ndarray) -> None:
+    def expect(self, group: list[Range]) -> None:
         """Some blocks will be read soon."""
-        cut = self.blocks(epoch)
-        for block in group:
-            self.format.expect(int(cut.file[block]), int(cut.start[block]), int(cut.stop[block]))
+        if self._remote:
+            for file, start, stop in group:
+                self.format.expect(file, start, stop)
 
     def skip_of(self, document: Document) -> Skip:
         """The name of a record without text."""
@@ -142,6 +165,7 @@ class Stream:
         self.skips: list[Skip] = []  # since somebody last took them
         self._tokenizer = tokenizer
         self._ahead: deque[Document | Exhausted] = deque()
+        self._found_text = False  # in the group that is read
         self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
 
     @property
@@ -167,13 +191,15 @@ class Stream:
             if isinstance(head, Exhausted):
                 raise DataError(
                     f'source "{self.reader.source.name}": lane {self.lane} read as many records as the '
-                    f"source holds and found no text in any of them{self._last_reason()}"
+                    f"source holds and found {self._why_none()}"
                 )
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
             at.begun = at.epoch
             if len(head.tokens):
                 return head
-            if isinstance(head.text, Bad):
+            if head.text is HELD_OUT:
+                at.held_out += 1
+            elif isinstance(head.text, Bad):
                 at.skipped += 1
                 self.skips.append(self.reader.skip_of(head))
             self._pass(head)
@@ -194,11 +220,13 @@ class Stream:
         self.cursor.document = head.number + 1
         self.cursor.offset = self.cursor.cut = 0
 
-    def _last_reason(self) -> str:
+    def _why_none(self) -> str:
+        if self.cursor.held_out:
+            return "none to train on; all are held out: lower validation.fraction"
         if not self.skips:
-            return ""
+            return "no text in any of them"
         last = self.skips[-1]
-        return f"; the last: {last.file}, {last.place}: {last.reason}"
+        return f"no text in any of them; the last: {last.file}, {last.place}: {last.reason}"
 
     def _tokenize(self, expected_tokens: int) -> None:
         """Append the next documents, at least one unless there is none: about as many tokens as are
@@ -213,9 +241,17 @@ class Stream:
             if isinstance(document.text, str):
                 taken.append(document)
                 length += len(document.text)
+            elif isinstance(document.text, np.ndarray):
+                length += BYTES_PER_ID * len(document.text)
+                vocabulary = self.reader.source.access.vocabulary
+                assert vocabulary is not None
+                document.tokens = with_ends(
+                    document.text, not document.part, document.ends_record, vocabulary
+                )
+                document.text = ""
             if length >= wanted:
                 break
-        parts = [(str(d.text), not d.part, d.ends_record) for d in taken]
+        parts = [(cast("str", d.text), not d.part, d.ends_record) for d in taken]
         for document, tokens in zip(taken, self._tokenizer.encode_parts(parts), strict=True):
             document.tokens, document.text = tokens, ""
 
@@ -224,46 +260,67 @@ class Stream:
     def _documents(self, first_epoch: int, first_group: int, skipped: int) -> Iterator[Document | Exhausted]:
         """All documents from a place on. `skipped` documents of the first group are passed."""
         barren = 0  # units of groups in a row that hold no text
-        for epoch, group, chosen in self._groups(first_epoch, first_group):
-            text = skipped > 0
-            for document in islice(self._in_group(epoch, group, chosen), skipped, None):
-                text = text or isinstance(document.text, str)
-                yield document
+        for group in self._groups(first_epoch, first_group):
+            self._found_text = skipped > 0
+            yield from islice(self._in_group(group), skipped, None)
             skipped = 0
-            held = self.reader.blocks(epoch)
-            barren = 0 if text else barren + held.units(chosen)
-            if barren >= held.all_units:
+            if self._found_text:
+                barren = 0
+                continue
+            held = self.reader.blocks(group.epoch)
+            barren += held.units(group.ranges)
+            if barren >= held.all_units and not self.reader.plan.validates:
                 yield Exhausted()
 
-    def _groups(self, epoch: int, group: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, group, its blocks) from a place on."""
+    def _groups(self, epoch: int, group: int) -> Iterator[Group]:
+        """The groups from a place on."""
         plan, size = self.reader.plan, self.reader.plan.group_blocks
         while self.reader.max_epochs is None or epoch < self.reader.max_epochs:
             positions = blocks.positions_of_lane(len(self.reader.blocks(epoch)), self.lane, plan.lanes)
             for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
                 count = min(POSITIONS_AHEAD // size * size, positions - first)
                 order = self.reader.block_order(epoch, self.lane, first, count)
-                for at in range(0, count, size):
-                    self.reader.expect(epoch, order[at + size : at + 2 * size])
-                    yield epoch, (first + at) // size, order[at : at + size]
+                ranges = self.reader.blocks(epoch).ranges(order)
+                numbers = range(first // size, (first + count - 1) // size + 1)
+                for number, key, draws in zip(numbers, *self._draws(epoch, numbers), strict=True):
+                    at = number * size - first
+                    self.reader.expect(ranges[at + size : at + 2 * size])
+                    yield Group(epoch, number, ranges[at : at + size], key, draws)
             epoch, group = epoch + 1, 0
 
-    def _in_group(self, epoch: int, group: int, chosen: np.ndarray) -> Iterator[Document]:
-        """The documents of a group, permuted; the parts of a long one stay together, in order."""
+    def _draws(self, epoch: int, groups: range) -> tuple[list[int], list[Draws]]:
+        """The keys of the orders of some groups, and their first draws: for many at once, because groups
+        are small where each document is a block."""
         reader = self.reader
-        records = reader.records(epoch, chosen)
-        key = blocks.mix(reader.plan.seed, epoch, group, self.lane)
+        keys = blocks.mix_each(
+            reader.plan.seed, epoch, np.arange(groups.start, groups.stop, dtype=np.uint64), self.lane
+        )
+        draws = blocks.philox_block(keys, reader.key)
+        return keys.tolist(), list(zip(*(word.tolist() for word in draws), strict=True))
+
+    def _in_group(self, group: Group) -> Iterator[Document]:
+        """The documents of a group, permuted; the parts of a long one stay together, in order."""
+        reader, epoch = self.reader, group.epoch
+        records = reader.records(group.ranges)
+        fraction, validates = reader.plan.validation_fraction, reader.plan.validates
         number = 0
-        for i in blocks.shuffled(len(records), key, reader.key).tolist():
+        for i in blocks.shuffled_by(group.draws, len(records), group.key, reader.key):
             file, position, content = records[i]
             text = text_of(reader.format, content)
-            if isinstance(text, Bad):
-                yield Document(epoch, group, number, position, file, None, True, text)
-                number += 1
-                continue
-            parts = list(split_text(text))
+            if fraction and not isinstance(text, Bad):
+                apart = is_held_out(text, fraction)
+                if validates and not apart:
+                    continue  # nearly all documents: they are not even counted
+                if apart and not validates:
+                    text = HELD_OUT
+            parts: Sequence[str | np.ndarray | Bad] = (text,)
+            if not isinstance(text, Bad):
+                self._found_text = True
+                parts = split_ids(text) if isinstance(text, np.ndarray) else split_text(text)
+            last = len(parts) - 1
             for part, piece in enumerate(parts):
-                name = part if len(parts) > 1 else None
-                ends = part == len(parts) - 1
-                yield Document(epoch, group, number, position, file, name, ends, piece)
+                name = part if last else None
+                yield Document(
+                    epoch, group.number, number, position, file, name, part == last, piece, NO_TOKENS
+                )
                 number += 1

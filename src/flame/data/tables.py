@@ -34,6 +34,8 @@ CACHED_BYTES = 256 * 2**20  # of decoded row groups, per source
 class Parquet:
     """A document a row; a range is in rows of the file, within one row group."""
 
+    width = 1  # bytes in memory for a byte of text
+
     def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
         self._files_read, self._field = as_files(paths), field
         self._paths = [file.path for file in self._files_read]
@@ -45,7 +47,7 @@ class Parquet:
 
     @staticmethod
     def fields(path: Path | str | SourceFile, access: Access = LOCAL) -> list[str] | None:
-        schema = _open_parquet(as_files([path])[0], access).schema_arrow
+        schema = parquet_schema(as_files([path])[0], access)
         return [field.name for field in schema if holds_text(field.type)]
 
     def decoded_bytes(self, file: int) -> int:
@@ -78,7 +80,7 @@ class Parquet:
             if self._row_groups(file)[group][1] > LARGE_GROUP:
                 contents = self._rows_of_large(file, group, start - first, stop - first)
             else:
-                contents = self._column(file, group).slice(start - first, stop - start).to_pylist()
+                contents = self.contents(self._column(file, group).slice(start - first, stop - start))
         except Undecodable as error:
             if not self._access.skip_corrupt:
                 raise undecodable(self._paths[file], f"row group {group}: ", error) from None
@@ -92,6 +94,18 @@ class Parquet:
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
 
+    def text_bytes(self, chunk: Any) -> int:
+        """The size of a chunk of the column by its metadata."""
+        return chunk.total_uncompressed_size
+
+    def as_read(self, column: Any) -> Any:
+        """The column in the type that `contents` takes."""
+        return column.cast(arrow.large_binary())
+
+    def contents(self, column: Any) -> list[Any]:
+        """The rows of a piece of the column."""
+        return column.to_pylist()
+
     def place(self, file: int, position: int) -> str:
         return f"row {position}"
 
@@ -102,7 +116,8 @@ class Parquet:
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
             columns = (group.column(c) for c in range(group.num_columns))
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self._field)
+            stored = (c for c in columns if f"{c.path_in_schema}.".startswith(f"{self._field}."))
+            size = sum(self.text_bytes(c) for c in stored)
             found.append((int(group.num_rows), int(size)))
         return found
 
@@ -127,7 +142,7 @@ class Parquet:
         if column is None:
             column = self._decode(file, group)
             self._cached_bytes += column.nbytes
-            while self._groups and self._cached_bytes > CACHED_BYTES:
+            while self._groups and self._cached_bytes > self.width * CACHED_BYTES:
                 self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         self._groups[file, group] = column
         return column
@@ -137,7 +152,7 @@ class Parquet:
         path = self._paths[file]
         try:
             table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
-            return table.column(self._field).cast(arrow.large_binary()).combine_chunks()
+            return self.as_read(table.column(self._field)).combine_chunks()
         except (arrow.ArrowException, OSError, KeyError) as error:
             raw = open_raw(path)
             found, expected = raw.size, self._files_read[file].size
@@ -152,7 +167,7 @@ class Parquet:
         for entry, _ in self._large.values():
             entry.close()
 
-    def _rows_of_large(self, file: int, group: int, start: int, stop: int) -> list[bytes | None]:
+    def _rows_of_large(self, file: int, group: int, start: int, stop: int) -> list[Any]:
         """Rows of a row group that is kept in the block cache in small batches."""
         rows, size = self._row_groups(file)[group]
         batch = max(1, rows * CACHED_BATCH // size)
@@ -171,11 +186,11 @@ class Parquet:
             entry = os.fdopen(self._access.cache.open(key, make), "rb")
             opened = entry, ipc.open_file(arrow.PythonFile(entry, mode="r"))
         self._large[file, group] = opened
-        contents: list[bytes | None] = []
+        contents: list[Any] = []
         for i in range(start // batch, -(-stop // batch)):
             skipped = max(0, start - i * batch)
             column = opened[1].get_batch(i).column(0)
-            contents += column.slice(skipped, min(batch, stop - i * batch) - skipped).to_pylist()
+            contents += self.contents(column.slice(skipped, min(batch, stop - i * batch) - skipped))
         return contents
 
 
@@ -207,6 +222,11 @@ class RemoteReader(io.RawIOBase):
         if not self.closed:
             self._raw.close()
         super().close()
+
+
+def parquet_schema(file: SourceFile, access: Access) -> Any:
+    """The columns of a file. Raises DataError."""
+    return _open_parquet(file, access).schema_arrow
 
 
 def _open_parquet(file: SourceFile, access: Access) -> Any:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -81,21 +80,20 @@ class Tokenizer:
         if not parts:
             return []
         ids, ends = self.encoder.encode([text for text, _, _ in parts])
-        flags = np.array([(begins, final) for _, begins, final in parts], dtype=bool)
-        before = flags[:, 0] & (self.bos_id is not None)
-        added = before.astype(np.int64) + flags[:, 1]
-        lengths = np.diff(ends, prepend=0) + added
-        stops = np.cumsum(lengths)
-        text = np.ones(int(stops[-1]), dtype=bool)
-        text[(stops - lengths)[before]] = False
-        text[stops[flags[:, 1]] - 1] = False
-        whole = np.empty(len(text), dtype=np.int32)
+        first = np.fromiter((begins for _, begins, _ in parts), dtype=bool, count=len(parts))
+        last = np.fromiter((final for _, _, final in parts), dtype=bool, count=len(parts))
+        first &= self.bos_id is not None
+        stops = ends + np.cumsum(first.astype(np.int64) + last)
+        starts = np.concatenate([[0], stops[:-1]])
+        bos, eos = starts[first], stops[last] - 1
+        whole = np.empty(int(stops[-1]), dtype=np.int32)
+        text = np.ones(len(whole), dtype=bool)
+        text[bos] = text[eos] = False
         whole[text] = ids
+        whole[eos] = self.eos_id
         if self.bos_id is not None:
-            whole[(stops - lengths)[before]] = self.bos_id
-        whole[stops[flags[:, 1]] - 1] = self.eos_id
-        bounds = [0, *stops.tolist()]
-        return [whole[start:stop] for start, stop in pairwise(bounds)]
+            whole[bos] = self.bos_id
+        return [whole[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def count_alone(self, parts: Sequence[Part]) -> int:
         """The tokens of these parts by the library alone, nothing made of them: to measure against."""
@@ -267,11 +265,11 @@ def _named_token(file: Path, key: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def split_text(text: str) -> Iterator[str]:
+def split_text(text: str) -> list[str]:
     """`text` in parts of at most 1 MiB of UTF-8, cut before the last white space, else between characters."""
     if 4 * len(text) <= PART_BYTES or len(data := text.encode()) <= PART_BYTES:
-        yield text
-        return
+        return [text]
+    parts: list[str] = []
     start = 0
     while len(data) - start > PART_BYTES:
         end = start + PART_BYTES
@@ -280,9 +278,9 @@ def split_text(text: str) -> Iterator[str]:
             stop = end
             while data[stop] & 0xC0 == 0x80:  # inside a character
                 stop -= 1
-        yield data[start:stop].decode()
+        parts.append(data[start:stop].decode())
         start = stop
-    yield data[start:].decode()
+    return [*parts, data[start:].decode()]
 
 
 def _some(texts: Iterable[str]) -> Iterator[str]:

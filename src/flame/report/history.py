@@ -32,6 +32,7 @@ class StepRecord:
     memory_gib: float
     records_skipped: int  # since the run began
     updates_skipped: int  # since the run began
+    sources: dict[str, dict[str, int]]  # by name: tokens, documents, epoch, skipped, cut since the run began
 
     @staticmethod
     def of(line: dict[str, Any]) -> StepRecord:
@@ -52,6 +53,7 @@ class StepRecord:
             memory_gib=number("memory_gib"),
             records_skipped=int(line.get("records_skipped") or 0),
             updates_skipped=int(line.get("updates_skipped") or 0),
+            sources=line.get("sources") or {},
         )
 
 

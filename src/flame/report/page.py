@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from flame.recipe import Recipe
 from flame.report.attempts import Attempt, Mark, attempts_of, marks_of, steps_of_events
 from flame.report.history import Event, History, StepRecord
 from flame.report.plots import MARK_COLOURS, loss_chart, step_chart, timeline_chart
@@ -31,9 +32,10 @@ def page(history: History, state: str, written: float) -> str:
         notes(history, state),
         key_figures(history, attempts, timeline),
         curves(history, attempts, marks),
+        sources_table(history),
         time_spent(timeline),
         events_table(history, attempts),
-        recipe(history),
+        recipe_text(history),
         environment(history),
         f"<footer>Written by <code>flame report</code>, {clock(written)} UTC.</footer>",
     ]
@@ -184,6 +186,47 @@ def time_spent(timeline: Timeline) -> str:
 # --------------------------------------------------------------------------------------- tables
 
 
+def sources_table(history: History) -> str:
+    """What each source gave, against what its weight asks for."""
+    given = history.steps[-1].sources if history.steps else {}
+    if not given:
+        return ""
+    total = sum(counts["tokens"] for counts in given.values())
+    wanted = shares_by_weight(history.recipe, total)
+    rows = [
+        [
+            escape(name),
+            number(f"{counts['tokens']:,}"),
+            number(percent(counts["tokens"] / total if total else math.nan)),
+            number(percent(wanted.get(name, math.nan))),
+            number(f"{counts['documents']:,}"),
+            number(f"{counts['epoch']:,}"),
+            number(f"{counts['skipped']:,}"),
+            number(f"{counts['cut']:,}"),
+        ]
+        for name, counts in given.items()
+    ]
+    heads = ["tokens", "share", "by weight", "documents", "epochs", "skipped", "cut"]
+    caption = (
+        "Since the run began. By weight: the share that the weights ask for, those of the phases until now. "
+        "Epochs: finished by every lane. Skipped: records without text. Cut: documents cut by packing."
+    )
+    return section("Sources", caption, table(["source", *(number(h, "th") for h in heads)], rows))
+
+
+def shares_by_weight(recipe: Recipe, tokens: int) -> dict[str, float]:
+    """The share of a run's first `tokens` that each source's weight asks for, phase by phase."""
+    plan = recipe.plan
+    ends = [*(stage.first_token for stage in plan.stages[1:]), tokens]
+    asked = [0.0] * len(recipe.data.sources)
+    for stage, end in zip(plan.stages, ends, strict=True):
+        within = max(0, min(end, tokens) - stage.first_token)
+        for i, weight in enumerate(stage.weights):
+            asked[i] += within * weight / sum(stage.weights)
+    names = [source.name for source in recipe.data.sources]
+    return {name: part / tokens if tokens else math.nan for name, part in zip(names, asked, strict=True)}
+
+
 def events_table(history: History, attempts: list[Attempt]) -> str:
     if not history.events:
         return section("Events", "None yet.", "")
@@ -235,7 +278,7 @@ def counted_events(events: list[Event]) -> list[str]:
     return sentences
 
 
-def recipe(history: History) -> str:
+def recipe_text(history: History) -> str:
     text = escape(history.recipe_text)
     return f"<section><details open><summary>Recipe, resolved</summary><pre>{text}</pre></details></section>"
 

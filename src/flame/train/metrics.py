@@ -98,7 +98,7 @@ class Meter:
             "data_seconds": round(self._data_seconds / self._steps, 5),
             "memory_gib": self._memory_gib(),
             "documents": progress.documents,
-            "records_skipped": sum(skipped for _, skipped in progress.records),
+            "records_skipped": sum(skipped for _, skipped, _ in progress.records),
             "updates_skipped": skipped,
             "documents_cut": sum(cut for *_, cut in progress.sources),
             "rows_digest": f"{agreed.counts.digest % 2**64:016x}",
@@ -114,8 +114,15 @@ class Meter:
         """What each source gave since the run began, and the epoch that all lanes have begun."""
         epochs: list[int] = agreed.epochs.tolist()
         return {
-            name: {"tokens": tokens, "documents": documents, "epoch": epoch, "skipped": skipped, "cut": cut}
-            for name, epoch, (tokens, documents, cut), (_, skipped) in zip(
+            name: {
+                "tokens": tokens,
+                "documents": documents,
+                "epoch": epoch,
+                "skipped": skipped,
+                "held_out": held_out,
+                "cut": cut,
+            }
+            for name, epoch, (tokens, documents, cut), (_, skipped, held_out) in zip(
                 self._sources, epochs, progress.sources, progress.records, strict=True
             )
         }
