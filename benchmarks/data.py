@@ -50,7 +50,7 @@ def main() -> None:
         result["packing"] = packing.measure(folder, int(options.characters), fast, lengths, tokens)
         sizes = {"4 MiB": 2**22} if options.quick else shuffle.SIZES
         result["shuffle"] = shuffle.measure(
-            sizes, 8 if options.quick else 256, 2**17 if options.quick else 2**19
+            sizes, 8 if options.quick else shuffle.STEPS, 2**17 if options.quick else 2**19
         )
         shape = (8, 128) if options.quick else (resume.ROWS, resume.SEQUENCE_LENGTH)
         size = 0.005 if options.quick else 10

@@ -4,10 +4,11 @@
 
 Each document's covariate is its place in the source, 0 to 1: the worst case of sorted data. Lanes, streams,
 blocks and packing are flame's own; only reading is simulated (documents of one size, nothing on disk), so
-that a source may be of any size. Figures, over the steps of a part of the first epoch:
+that a source may be of any size. Figures, over the first steps of an epoch, means over seeds (a step sees so few blocks of a large source that
+one seed says little):
 
 variance_ratio   variance of a step's mean covariate / that of a full permutation (1: as good)
-worst_ks         the largest Kolmogorov-Smirnov distance of a step's covariates from uniform
+worst_ks         the largest, over all seeds, Kolmogorov-Smirnov distance of a step's covariates from uniform
 autocorrelation  of the means of neighbouring steps
 buffer_*         the same of files in random order through a buffer of 10,000 documents, as streaming does
 """
@@ -35,6 +36,7 @@ from flame.data.tokens import Part
 
 DOCUMENT_BYTES, DOCUMENT_TOKENS = 4096, 1024
 FILES, BUFFER = 100, 10_000
+STEPS, SEEDS = 128, 8
 SIZES = {"100 MiB": 100 * 2**20, "1 GiB": 2**30, "10 GiB": 10 * 2**30, "100 GiB": 100 * 2**30, "1 TiB": 2**40}
 
 
@@ -68,7 +70,7 @@ class FixedLength:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--tokens-per-step", type=int, default=2**19)
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
     parser.add_argument("--quick", action="store_true", help="one small source")
@@ -90,16 +92,22 @@ def measure(sizes: dict[str, int], steps: int, tokens_per_step: int) -> list[dic
 
 def row_of(size: int, steps: int, tokens_per_step: int) -> dict[str, Any]:
     config = DataConfig([SourceConfig("simulated", ["simulated"])], sequence_length=4096)
-    plan = DataPlan.of(config, tokens_per_step, seed=1)
-    reader = Simulated(size, plan)
     a_step = tokens_per_step // DOCUMENT_TOKENS
-    steps = min(steps, reader.documents // a_step)
-    found = covariates(reader, plan, steps)
-    buffered = shuffle_buffer(reader.documents, steps * a_step).reshape(steps, a_step)
-    flame, buffer = figures(found, reader.documents), figures(list(buffered), reader.documents)
+    found: dict[str, list[dict[str, float]]] = {"": [], "buffer_": []}
+    for seed in range(SEEDS):
+        plan = DataPlan.of(config, tokens_per_step, seed)
+        reader = Simulated(size, plan)
+        steps = min(steps, reader.documents // a_step)
+        found[""].append(figures(covariates(reader, plan, steps), reader.documents))
+        buffered = shuffle_buffer(reader.documents, steps * a_step, seed).reshape(steps, a_step)
+        found["buffer_"].append(figures(list(buffered), reader.documents))
     shape = {"documents": reader.documents, "blocks": len(reader.source.blocks), "lanes": plan.lanes}
-    shape |= {"documents_a_step": a_step, "steps": steps}
-    return {**shape, **flame, **{f"buffer_{name}": value for name, value in buffer.items()}}
+    shape |= {"documents_a_step": a_step, "steps": steps, "seeds": SEEDS}
+    for way, seeds in found.items():
+        for name in seeds[0]:
+            values = [one[name] for one in seeds]
+            shape[f"{way}{name}"] = max(values) if name == "worst_ks" else sum(values) / SEEDS
+    return shape
 
 
 def covariates(reader: Simulated, plan: DataPlan, steps: int) -> list[np.ndarray]:
@@ -118,9 +126,9 @@ def covariates(reader: Simulated, plan: DataPlan, steps: int) -> list[np.ndarray
     return found[:steps]
 
 
-def shuffle_buffer(documents: int, wanted: int) -> np.ndarray:
+def shuffle_buffer(documents: int, wanted: int, seed: int) -> np.ndarray:
     """The covariates of the first `wanted` documents through a shuffle buffer, files in random order."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     each = -(-documents // FILES)
 
     def source() -> Iterator[int]:

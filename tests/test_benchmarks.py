@@ -43,7 +43,7 @@ def test_the_loader_is_compared_in_processes_that_resume_and_share_rows(tmp_path
     result = ran("data.py", "--rivals", "flame/tokenizers", "--folder", str(tmp_path))
     (backend,), (loader,) = result["results"], result["loaders"]
     assert backend["backend"] == "tokenizers"
-    assert 0 < backend["share_of_tokenizer"]
+    assert backend["share_of_tokenizer"] > 0
     assert "error" not in loader
     assert loader["tokens_per_second"] > 0
     assert [part["exact"] for part in loader["resume"].values()] == [True, True]
