@@ -4,7 +4,7 @@
 
 Each document's covariate is its place in the source, 0 to 1: the worst case of sorted data. Lanes, streams,
 blocks and packing are flame's own; only reading is simulated (documents of one size, nothing on disk), so
-that a source may be of any size. Figures over the first steps of an epoch, means over seeds (a step sees so few
+that a source may be of any size. Figures over the first steps of an epoch, means over seeds (a step sees few
 blocks of a large source that one seed says little):
 
 variance_ratio   variance of a step's mean covariate / that of a full permutation (1: as good)
