@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PREPARED = ("streaming", "grain")
 LOADERS = ("flame/tokenizers", "flame/gigatoken", *REQUIREMENTS)
 FILES = 16  # that the text is dealt to, so that ranks can share it by file
 SAME = 12  # steps compared between one rank and two
+PATIENCE = 240  # seconds that the processes of one job may take
 AFTER = 3  # steps compared after a resume
 MEASURE = Path(__file__).parent / "loaders" / "measure.py"
 
@@ -80,9 +82,10 @@ def ranks(python: str, job: dict[str, Any], world: int = 1) -> list[dict[str, An
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes: list[subprocess.Popen[str]] = []
-    for rank in range(world):
-        path = Path(job["folder"]) / f"job-{rank}.json"
+    processes: list[subprocess.Popen[bytes]] = []
+    outputs = [Path(job["folder"]) / f"rank-{rank}" for rank in range(world)]
+    for rank, output in enumerate(outputs):
+        path = output.with_suffix(".json")
         path.write_text(json.dumps({**job, "rank": rank, "world": world}))
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         own |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "HF_HUB_OFFLINE": 1}
@@ -90,24 +93,31 @@ def ranks(python: str, job: dict[str, Any], world: int = 1) -> list[dict[str, An
         if job["module"] != "with_flame":
             environ.pop("PYTHONPATH", None)
         command = [python, str(MEASURE), str(path)]
-        processes.append(
-            subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    told: list[dict[str, Any]] = []
-    errors: list[str] = []
-    for process in processes:
-        try:
-            out, err = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
+        with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
+            processes.append(subprocess.Popen(command, env=environ, stdout=out, stderr=err))
+    failed = first_failure(processes)
+    if failed is not None:
+        raise Failed(last_line(outputs[failed].with_suffix(".err").read_text()))
+    texts = [output.with_suffix(".out").read_text() for output in outputs]
+    return [json.loads(text.strip().splitlines()[-1]) for text in texts]
+
+
+def first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; end them where one fails, and say which. Raises Failed where they take too long."""
+    began = time.monotonic()
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = next((i for i, process in enumerate(processes) if process.poll()), None)
+            if failed is not None:
+                return failed
+            if time.monotonic() - began > PATIENCE:
+                raise Failed(f"no answer in {PATIENCE} s")
+            time.sleep(0.05)
+        return next((i for i, process in enumerate(processes) if process.returncode), None)
+    finally:
+        for process in processes:
             process.kill()
-            out, err = "", "no answer in 300 s"
-        if process.returncode:
-            errors.append(last_line(err))
-        else:
-            told.append(json.loads(out.strip().splitlines()[-1]))
-    if errors:
-        raise Failed(errors[0])
-    return told
+            process.wait()
 
 
 def together(told: list[dict[str, Any]]) -> list[list[str]]:
