@@ -39,18 +39,18 @@ def documents(characters: int) -> Iterator[str]:
                     return
 
 
-def prepare(folder: Path, characters: int, vocabulary: int) -> tuple[Path, Path]:
-    """text.jsonl and a tokenizer in `folder`, made once; their paths."""
-    text, tokenizer = folder / "text.jsonl", folder / f"tokenizer-{vocabulary}"
+def prepare(folder: Path, characters: int, vocabulary: int, tokenizer: bool = True) -> tuple[Path, Path]:
+    """text.jsonl and, where it is wanted, a tokenizer in `folder`, made once; their paths."""
+    text, trained = folder / "text.jsonl", folder / f"tokenizer-{vocabulary}"
     if not text.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = text.with_suffix(".partial")
         with partial.open("w") as file:
             file.writelines(json.dumps({"text": t}) + "\n" for t in documents(characters))
         partial.rename(text)
-    if not tokenizer.exists():
-        train_tokenizer(documents(TOKENIZER_CHARACTERS), vocabulary, tokenizer)
-    return text, tokenizer
+    if tokenizer and not trained.exists():
+        train_tokenizer(documents(min(characters, TOKENIZER_CHARACTERS)), vocabulary, trained)
+    return text, trained
 
 
 def copies(text: Path, count: int) -> Path:
