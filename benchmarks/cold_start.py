@@ -61,6 +61,7 @@ def write_recipe(options: argparse.Namespace, overrides: list[str]) -> Path:
     recipe["run"] = {"directory": str(options.folder / "run"), "steps": 3}
     recipe["tokenizer"]["path"] = str(tokenizer)
     recipe["data"]["sources"] = [{"name": "python", "files": str(text)}]
+    recipe["schedule"]["warmup"] = "1 steps"
     recipe["logging"] = {"every": "1 steps", "tensorboard": False}
     recipe["model"]["config"] = str(Path(recipe["model"]["config"]).absolute())
     path = options.folder / "recipe.toml"

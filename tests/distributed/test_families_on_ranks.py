@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import MODELS
 from distributed.ranks import metrics, train_on
 from models.small_models import SMALL
+from small_recipes import MODELS
 
 from flame.models.registry import families
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from conftest import MODELS
+from small_recipes import MODELS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame.batch import IGNORED

@@ -18,7 +18,7 @@ from flame.models.kernel_choices import SHIPPED, Platform, kernel_cache
 # fla's backward pass with a gate per head (its chunk_bwd_dqkwg) is wrong as these versions compile it for
 # Hopper, and fla refuses to run it there
 WRONG_ON_HOPPER = (Version("3.4.0"), Version("3.7.1"))  # from, up to but without
-GATED = ("gated_deltanet", "comba", "mom")
+GATED = ("gated_deltanet", "comba", "mom", "mamba2")
 
 
 def platform_of(device: torch.device) -> Platform:
