@@ -8,9 +8,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from small_recipes import MODELS, RECIPE, WriteRecipe
 
 from flame.data.tokens import train_tokenizer
+
+# how long an example takes says more of a busy machine than of the code
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
