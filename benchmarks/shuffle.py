@@ -54,11 +54,10 @@ class Simulated(SourceReader):
         super().__init__(Source("simulated", 1.0, "text", "", (file,), cut, ()), plan)
         self.documents = documents
 
-    def records(self, epoch: int, group: np.ndarray) -> list[tuple[int, int, bytes | Bad | None]]:
-        cut = self.blocks(epoch)
-        return [(0, i, TEXT) for b in group.tolist() for i in range(int(cut.start[b]), int(cut.stop[b]))]
+    def records(self, group: list[tuple[int, int, int]]) -> list[tuple[int, int, bytes | Bad | None]]:
+        return [(0, i, TEXT) for _, start, stop in group for i in range(start, stop)]
 
-    def expect(self, epoch: int, group: np.ndarray) -> None:
+    def expect(self, group: list[tuple[int, int, int]]) -> None:
         """Nothing is read."""
 
 
@@ -120,7 +119,7 @@ def covariates(reader: Simulated, plan: DataPlan, steps: int) -> list[np.ndarray
         rows = plan.lane_rows(windows[0].index)
         for step in range(plan.steps_in_window(windows[0].index)):
             segments = [
-                s for w in windows for row in w.rows[step * rows : (step + 1) * rows] for s in row.segments
+                s for w in windows for row in range(step * rows, (step + 1) * rows) for s in w.rows.named(row)
             ]
             places = [int(s.document_id.split(":")[1]) for s in segments if s.offset == 0]
             found.append(np.array(places) / reader.documents)
