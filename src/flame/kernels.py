@@ -167,7 +167,7 @@ def prepare(text: str, ranks: int | None) -> dict[str, Any]:
         raise ModelError(NO_GPU)
     device = torch.device("cuda", 0)
     recipe = schema.build(Recipe, tomllib.loads(text), FILE)
-    config = load_config(recipe.model.config)
+    config = load_config(recipe.model.config, recipe.model.module)
     for note in check_kernels([config.model_type], device):
         print(note, flush=True)
     platform = platform_of(device)

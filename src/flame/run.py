@@ -101,7 +101,8 @@ def quiet_other_ranks(recipe: Recipe, world: World) -> None:
 
 def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit:
     """Builds data and model, loads what was saved, and trains."""
-    for note in check_kernels([load_config(recipe.model.config).model_type], world.device):
+    config = load_config(recipe.model.config, recipe.model.module)
+    for note in check_kernels([config.model_type], world.device):
         if world.rank == 0:
             print(note, flush=True)
     data = open_data(recipe, world)
