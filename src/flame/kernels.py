@@ -80,11 +80,8 @@ def kernels_of(world: World, run: Path | None) -> Generator[Tuner | None]:
     store = world.store if world.size > 1 else None
     compiler = compiler_of(world.local_rank)
     tuner = Tuner(choices, compiler, platform.triton, rank=world.rank, store=store)
-    try:
-        with installed(tuner):
-            yield tuner
-    finally:
-        compiler.close()
+    with installed(tuner):
+        yield tuner
 
 
 def compiler_of(local_rank: int) -> Compiler:
@@ -179,7 +176,6 @@ def prepare(text: str, ranks: int | None) -> dict[str, Any]:
     tuner = Tuner(choices, compiler_of(0), platform.triton)
     with installed(tuner):
         first = _train_thinned(recipe, config, tuner, ranks or torch.cuda.device_count(), begun)
-    tuner.compiler.close()  # else this process would wait at its end for the pool to grow idle
     return {
         "gpu": platform.gpu,
         "folder": str(user_folder(platform)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,23 @@ def compiler() -> Iterator[Compiler]:
     made = Compiler(2, lambda: None)
     yield made
     made.close()
+
+
+def _open_and_close() -> None:
+    made = Compiler(4, lambda: None)
+    with made._lock:
+        made._started()
+    made.close()
+
+
+def test_a_process_ends_when_its_compiler_is_closed() -> None:
+    for _ in range(4):  # what can hang is a race at the process's end
+        process = multiprocessing.get_context("spawn").Process(target=_open_and_close)
+        process.start()
+        process.join(30)
+        code = process.exitcode
+        process.kill()
+        assert code == 0
 
 
 def run_scale(n: int = 8) -> None:

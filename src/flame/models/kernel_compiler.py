@@ -161,10 +161,12 @@ class Compiler:
     def _end(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # a process that ends meanwhile closes the pool's queue before its workers are told to leave, and
+            # then waits for them without end
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
-        """Ends the processes, without waiting; a later job makes new ones."""
+        """Ends the processes, which finish what they are at; a later job makes new ones."""
         with self._lock:
             self._end()
 
