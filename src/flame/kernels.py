@@ -17,11 +17,11 @@ import torch
 from flame import schema
 from flame.batch import IGNORED
 from flame.data.plan import DataPlan
-from flame.errors import ModelError
 from flame.models.family import Family
 from flame.models.kernel_choices import Choices
 from flame.models.kernel_compiler import Compiler
 from flame.models.kernel_platform import (
+    ask_for_gpu,
     check_kernels,
     choice_folders,
     compiled_parts,
@@ -41,7 +41,6 @@ from flame.train.step import train_step
 AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
 RUN_FOLDER = "kernels"  # in a run directory: the choices that the run was trained with
 WARM_STEPS = 3
-NO_GPU = "kernels are made for a GPU and torch sees none here; run this on the machine that trains"
 OFF_VARIABLE = "FLAME_KERNELS"  # "plain" leaves Triton's autotuners as they are
 _log = logging.getLogger(__name__)
 
@@ -160,8 +159,7 @@ def prepare(text: str, ranks: int | None) -> dict[str, Any]:
     Raises FlameError without a GPU, or where the model cannot be trained on it.
     """
     begun = time.monotonic()
-    if not torch.cuda.is_available():
-        raise ModelError(NO_GPU)
+    ask_for_gpu()
     device = torch.device("cuda", 0)
     recipe = schema.build(Recipe, tomllib.loads(text), FILE)
     config = load_config(recipe.model.config, recipe.model.module)

@@ -106,7 +106,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         if world.rank == 0:
             print(note, flush=True)
     data = open_data(recipe, world)
-    guest = build_guest(recipe, world, data.catalog)
+    guest = build_guest(recipe, world, data.catalog, config)
     step = newest_sound(recipe.directory, world.checkpoint)
     saved = Saved()
     if step is not None:
@@ -203,10 +203,9 @@ class Guest:
     compute: torch.dtype
 
 
-def build_guest(recipe: Recipe, world: World, catalog: Catalog) -> Guest:
+def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
     """The model, parallelised, with its initial weights and its optimizer."""
     origin = recipe.model.module or recipe.model.config
-    config = load_config(recipe.model.config, recipe.model.module)
     family = family_of(config)
     if catalog.vocab_size > config.vocab_size:
         raise ModelError(

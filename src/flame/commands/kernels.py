@@ -79,18 +79,11 @@ def _here() -> tuple[Any, Path, dict[str, Path]]:
     """This machine's platform, the user's folder for it, and where its compiled kernels lie."""
     import torch
 
-    from flame.models.kernel_platform import compiled_parts, platform_of, user_folder
+    from flame.models.kernel_platform import ask_for_gpu, compiled_parts, platform_of, user_folder
 
-    _ask_for_gpu(torch.cuda.is_available())
+    ask_for_gpu()
     platform = platform_of(torch.device("cuda", 0))
     return platform, user_folder(platform), compiled_parts(platform)
-
-
-def _ask_for_gpu(there: bool) -> None:
-    if not there:
-        raise FlameError(
-            "kernels are made for a GPU and torch sees none here; run this on the machine that trains"
-        )
 
 
 def _in_process(text: str, ranks: int | None, variables: dict[str, str]) -> Report:

@@ -17,7 +17,7 @@ import numpy as np
 from flame.data.catalog import Catalog
 from flame.data.formats import Bad, Format, text_of
 from flame.data.plan import DataPlan
-from flame.data.split import content_key
+from flame.data.split import content_key, is_key_held_out
 from flame.data.tokens import Tokenizer, split_text
 from flame.errors import DataError
 
@@ -50,16 +50,7 @@ class SourceReport:
 
     def add(self, other: SourceReport) -> None:
         """Count in what comes next in the source."""
-        for name in (
-            "records",
-            "documents",
-            "tokens",
-            "characters",
-            "over_length",
-            "bad",
-            "held_out",
-            "unreadable",
-        ):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
         self.named = (self.named + other.named)[:NAMED]
@@ -183,7 +174,7 @@ class Scanner:
                         report.named.append(f"{source.files[file].path}, {place}: {text.reason}")
                     continue
                 hashes.append(content_key(text))
-                if hashes[-1] < self._fraction * 2**64:
+                if is_key_held_out(hashes[-1], self._fraction):
                     report.held_out += 1
                     continue
                 texts.append(text)

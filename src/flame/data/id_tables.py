@@ -55,7 +55,17 @@ def checked_rows(records: Sequence[Record], access: Access) -> list[Record]:
     ]
 
 
-class ParquetIds(Parquet):
+class ListsOfIds:
+    """What the rows of such a column are, in either kind of file."""
+
+    def decode(self, content: bytes | None) -> str | Bad:
+        return Bad("no token ids: null")
+
+    def contents(self, column: Any) -> list[Any]:
+        return arrays_of(column)
+
+
+class ParquetIds(ListsOfIds, Parquet):
     """A list of ids a row."""
 
     width = 2  # an id of 8 bytes counts as 4 of text
@@ -74,14 +84,8 @@ class ParquetIds(Parquet):
     def read(self, file: int, start: int, stop: int) -> list[Record]:
         return checked_rows(super().read(file, start, stop), self._access)
 
-    def decode(self, content: bytes | None) -> str | Bad:
-        return Bad("no token ids: null")
 
-    def contents(self, column: Any) -> list[Any]:
-        return arrays_of(column)
-
-
-class ArrowIds(ArrowTable):
+class ArrowIds(ListsOfIds, ArrowTable):
     """A list of ids a row; local files are mapped into memory."""
 
     @staticmethod
@@ -93,9 +97,3 @@ class ArrowIds(ArrowTable):
 
     def read(self, file: int, start: int, stop: int) -> list[Record]:
         return checked_rows(super().read(file, start, stop), self._access)
-
-    def decode(self, content: bytes | None) -> str | Bad:
-        return Bad("no token ids: null")
-
-    def contents(self, column: Any) -> list[Any]:
-        return arrays_of(column)

@@ -16,4 +16,9 @@ def content_key(content: str | np.ndarray) -> int:
 def is_held_out(content: str | np.ndarray, fraction: float) -> bool:
     """Whether a document belongs to the fraction that is never trained. No seed, file or source has a say, so
     that any run on any data holds out the same texts."""
-    return content_key(content) < fraction * 2**64
+    return is_key_held_out(content_key(content), fraction)
+
+
+def is_key_held_out(key: int, fraction: float) -> bool:
+    """The same of its `content_key`, where that is known."""
+    return key < fraction * 2**64

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame.models.cpu_linear import bounds_of, flat, state_in, state_out
+from flame.models.cpu_linear import bounds_of, flat, scale_of, state_in, state_out
 from flame.models.cpu_modules import l2norm
 from flame.models.recurrence_delta import diagonal_plus_low_rank, gated_delta_rule
 
@@ -36,22 +36,27 @@ def chunk_gated_delta_rule(
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """fla's function of this name. q, k: [B, T, H, K]; v: [B, T, HV, V]; g, beta: [B, T, HV]."""
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
-    q, k, g, beta = q.float(), k.float(), g.float(), beta.float()
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+    scale = scale_of(k, scale)
+    g, beta = g.float(), beta.float()
+    q, k = _queries_and_keys(q, k, v, use_qk_l2norm_in_kernel)
     if use_beta_sigmoid_in_kernel:
         beta = beta.sigmoid() * (2.0 if allow_neg_eigval else 1.0)
     if use_gate_in_kernel:
         assert A_log is not None
         g = -A_log.float().exp() * F.softplus(g if dt_bias is None else g + dt_bias.float())
-    shared = v.shape[2] // q.shape[2]
-    if shared > 1:
-        q, k = q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)
     initial = state_in(initial_state, state_v_first)
     tensors = (flat(q), flat(k), flat(v), flat(g), flat(beta))
     out, final = gated_delta_rule(*tensors, bounds_of(v, cu_seqlens), scale, initial)
     return out.view(v.shape).to(v.dtype), state_out(final, bool(output_final_state), state_v_first)
+
+
+def _queries_and_keys(q: Tensor, k: Tensor, v: Tensor, normed: bool) -> tuple[Tensor, Tensor]:
+    """q, k: [B, T, H, K] in float32, normed where asked, to the heads of v: [B, T, HV, K]."""
+    q, k = q.float(), k.float()
+    if normed:
+        q, k = l2norm(q), l2norm(k)
+    shared = v.shape[2] // q.shape[2]
+    return (q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)) if shared > 1 else (q, k)
 
 
 def chunk_delta_rule(
@@ -104,7 +109,7 @@ def chunk_comba(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """fla's function of this name. q, k, p: [B, T, H, K]; v: [B, T, H, V]; g, beta: [B, T, H]."""
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
+    scale = scale_of(k, scale)
     if use_qk_l2norm_in_kernel:
         q, k, p = l2norm(q), l2norm(k), l2norm(p)
     tensors = (flat(q), flat(k), flat(v), flat(g), flat(beta))
@@ -134,17 +139,13 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """fla's function of this name. q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV, K];
     beta: [B, T, HV]."""
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
-    q, k, g, beta = q.float(), k.float(), g.float(), beta.float()
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+    scale = scale_of(k, scale)
+    g, beta = g.float(), beta.float()
+    q, k = _queries_and_keys(q, k, v, use_qk_l2norm_in_kernel)
     if use_beta_sigmoid_in_kernel:
         beta = beta.sigmoid() * (2.0 if allow_neg_eigval else 1.0)
     if use_gate_in_kernel:
         g = _kda_gate(g, A_log, dt_bias, lower_bound)
-    shared = v.shape[2] // q.shape[2]
-    if shared > 1:
-        q, k = q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)
     written = k * beta[..., None]
     tensors = (flat(q), flat(written), flat(v), flat(k * g.exp()), flat(-written), flat(g))
     initial = state_in(initial_state, state_v_first)

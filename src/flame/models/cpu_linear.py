@@ -28,6 +28,11 @@ def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], device=x.device)
 
 
+def scale_of(k: Tensor, scale: float | None) -> float:
+    """The scale of the queries: 1 / sqrt(K) where none is given."""
+    return float(k.shape[-1] ** -0.5) if scale is None else scale
+
+
 def state_in(state: Tensor | None, v_first: bool) -> Tensor | None:
     """A caller's state as [N, H, K, V]."""
     return state.mT if state is not None and v_first else state
@@ -53,7 +58,7 @@ def chunk_gla(
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """fla's function of this name. q, k, g: [B, T, H, K]; v: [B, T, H, V]; states [N, H, K, V]."""
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
+    scale = scale_of(k, scale)
     initial = state_in(initial_state, state_v_first)
     tensors = (flat(q), flat(k), flat(v), flat(g))
     out, final = gated_linear_attention(*tensors, bounds_of(q, cu_seqlens), scale, initial)
@@ -128,7 +133,7 @@ def chunk_linear_attn(
     """fla's function of this name: no decay; with `normalize`, over q times the running sum of keys, whose
     state is [N, 1, H, K] beside the other."""
     state, sums = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
+    scale = scale_of(k, scale)
     o, final = chunk_simple_gla(q, k, v, None, None, scale, state, output_final_state, cu_seqlens=cu_seqlens)
     if not normalize:
         return o, final
@@ -154,7 +159,7 @@ def chunk_rwkv6(
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """fla's function of this name. r, k, w: [B, T, H, K]; v: [B, T, H, V]; u: [H, K]."""
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
+    scale = scale_of(k, scale)
     tensors = (flat(r), flat(k), flat(v), flat(w))
     out, final = gated_linear_attention(*tensors, bounds_of(r, cu_seqlens), scale, initial_state, u)
     return out.view(v.shape).to(v.dtype), state_out(final, bool(output_final_state), False)
@@ -203,7 +208,7 @@ def chunk_gsa(
     Two passes: queries read slots that hold keys, their softmax reads slots that hold values.
     """
     assert g is not None, "the layer gives its gate"
-    scale = float(k.shape[-1] ** -0.5) if scale is None else scale
+    scale = scale_of(k, scale)
     bounds = bounds_of(q, cu_seqlens)
     of_keys, of_values = (None, None) if initial_state is None else initial_state
     tensors = (flat(q), flat(k), flat(s), flat(g))

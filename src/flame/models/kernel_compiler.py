@@ -70,14 +70,19 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
+def base_function(kernel: Any) -> Any:
+    """The JIT function under autotuners and heuristics."""
+    while not isinstance(kernel, JITFunction):
+        kernel = kernel.fn
+    return cast("Any", kernel)
+
+
 def find_function(module: str, name: str) -> Any:
-    """The JIT function of that name, under its autotuners and heuristics."""
+    """The JIT function of that name."""
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    while not isinstance(found, JITFunction):
-        found = found.fn
-    return cast("Any", found)
+    return base_function(found)
 
 
 def pack(job: Job) -> bytes:

@@ -21,6 +21,14 @@ WRONG_ON_HOPPER = (Version("3.4.0"), Version("3.7.1"))  # from, up to but withou
 GATED = ("gated_deltanet", "comba", "mom", "mamba2")
 
 
+def ask_for_gpu() -> None:
+    """Raises ModelError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "kernels are made for a GPU and torch sees none here; run this on the machine that trains"
+        )
+
+
 def platform_of(device: torch.device) -> Platform:
     """Raises RuntimeError without a GPU."""
     major, minor = torch.cuda.get_device_capability(device)

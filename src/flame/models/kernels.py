@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from flame.models.kernel_choices import Candidate, Choices, Key
-from flame.models.kernel_compiler import Compiler, Job, wait
+from flame.models.kernel_compiler import Compiler, Job, base_function, wait
 
 FINALISTS = 4  # candidates that are timed at length
 SCREENING_MS, FINAL_MS = (2, 8), (10, 50)  # warm-up and measurement of a candidate
@@ -252,13 +252,6 @@ def installed(tuner: Tuner) -> Generator[Tuner]:
 
 
 # ------------------------------------------------------------------------------ Triton's objects
-
-
-def base_function(kernel: Any) -> Any:
-    """The JIT function under autotuners and heuristics."""
-    while not isinstance(kernel, JITFunction):
-        kernel = kernel.fn
-    return cast("Any", kernel)
 
 
 def key_of(autotuner: Any, kwargs: dict[str, Any]) -> Key:

@@ -47,11 +47,15 @@ def _linear_attn_hidden(
 
 
 def _refuses(config: Any) -> str | None:
+    return _refuses_but_mode(config) or _refuses_mode(config)
+
+
+def _refuses_but_mode(config: Any) -> str | None:
     if getattr(config, "attnres_block_size", None) is not None:
         return "attnres_block_size: attention residuals are not supported"
     if config.hidden_act != "swish":
         return f'hidden_act: found "{config.hidden_act}", only "swish" is supported'
-    return _refuses_mode(config)
+    return None
 
 
 def _refuses_mode(config: Any) -> str | None:
@@ -64,11 +68,6 @@ def _hgrn_refuses(config: Any) -> str | None:
     if config.attn_mode != "fused_recurrent":
         return f'attn_mode: found "{config.attn_mode}", only "fused_recurrent" keeps packed documents apart'
     return _refuses_but_mode(config)
-
-
-def _refuses_but_mode(config: Any) -> str | None:
-    reason = _refuses(config)
-    return None if reason is not None and reason.startswith("attn_mode") else reason
 
 
 def _rwkv_refuses(config: Any) -> str | None:
@@ -138,7 +137,7 @@ FLA_FAMILIES: tuple[Family, ...] = (
     _family("linear_attn", hidden=_linear_attn_hidden, refuses=_refuses_but_mode),
     _family("hgrn", refuses=_hgrn_refuses),
     _family("hgrn2"),
-    _family("gsa", refuses=_refuses),
+    _family("gsa"),
     _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses),
     _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses),
     _family("lightnet"),
