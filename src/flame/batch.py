@@ -33,6 +33,7 @@ class Row:
     tokens: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int64 [segments]: their tokens
     name_segments: Callable[[], tuple[Segment, ...]] = tuple  # names are made only for those who ask
+    trained: np.ndarray | None = None  # bool [L]: the tokens that have a loss; None: all
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -46,7 +47,7 @@ class Batch:
     tokens, or by `positions`, which restart at 0 in each segment."""
 
     tokens: torch.Tensor  # int64 [b, L]
-    labels: torch.Tensor  # int64 [b, L]: the next token of the same segment, else IGNORED
+    labels: torch.Tensor  # int64 [b, L]: the segment's next token where it has a loss, else IGNORED
     positions: torch.Tensor  # int64 [b, L]
     cu_seqlens: torch.Tensor  # int32 [segments + 1]
     longest_segment: int  # in tokens; known on the host, so that no kernel launch waits for the device

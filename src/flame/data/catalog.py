@@ -17,7 +17,9 @@ from flame.data.cache import Access, Vocabulary
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.raw import SourceFile
+from flame.data.records import SEPARATOR, Shape
 from flame.data.sample import sample_texts
+from flame.data.shapes import shape_of
 from flame.data.sources import Source, open_source
 from flame.data.streams import SourceReader
 from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
@@ -74,7 +76,8 @@ def open_catalog(
         tokenizer_path = base / tokenizer_path.expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
-    sources = _open_checked(data_config, data_config.sources, plan, base, vocabulary)
+    shapes = [shape_of(config, base, tokenizer_path, tokenizer) for config in data_config.sources]
+    sources = _open_checked(data_config, data_config.sources, shapes, plan, base, vocabulary)
     for source in sources:
         _check_lanes(source, plan)
     if backend != "tokenizers":
@@ -90,12 +93,13 @@ def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[S
     configs = [config for config in data_config.sources if not config.ids]
     if not configs:
         raise RecipeError("data.sources: every source holds token ids, and none the text that this needs")
-    return _open_checked(data_config, configs, plan, base, None)
+    return _open_checked(data_config, configs, [shape_of(c, base) for c in configs], plan, base, None)
 
 
 def _open_checked(
     data_config: DataConfig,
     configs: list[SourceConfig],
+    shapes: list[Shape | None],
     plan: DataPlan,
     base: Path,
     vocabulary: Vocabulary | None,
@@ -106,7 +110,10 @@ def _open_checked(
         data_config.skip_corrupt_blocks,
         vocabulary,
     )
-    return tuple(open_source(config, base, plan.lanes, access) for config in configs)
+    return tuple(
+        open_source(config, base, plan.lanes, access, shape)
+        for config, shape in zip(configs, shapes, strict=True)
+    )
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:
@@ -158,12 +165,13 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
                 "name": source.name,
                 "max_epochs": max_epochs,
                 "format": source.format,
-                "text": source.field,
+                "text": source.field.replace(SEPARATOR, ", "),
                 "files": [
                     _file_print(file) | ({"first_epoch": joined[file.name]} if file.name in joined else {})
                     for file in source.files
                 ],
             }
+            | (source.shape.identity() if source.shape is not None else {})
             | ({"validation": [_file_print(file) for file in source.validation]} if source.validation else {})
             for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
             for joined in [catalog.joined.get(source.name, {})]

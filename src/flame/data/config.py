@@ -19,6 +19,7 @@ def parse_weights(raw: Any) -> dict[str, float]:
 
 BYTES = "bytes"  # as tokenizer.path: no file; 256 bytes and EOS
 BACKENDS = ("tokenizers", "gigatoken", "fastokens")
+TRAIN_ON = ("assistant", "last", "all")
 
 
 @dataclass
@@ -52,6 +53,32 @@ class SourceConfig:
     )
     text: str | None = setting(
         None, help='the field or column that holds the text; left out: "text", else "content"', identity=True
+    )
+    template: str | None = setting(
+        None,
+        help='instead of text: several fields joined, such as "{title}\\n\\n{body}"; nested ones with dots, '
+        "braces that are text twice",
+        identity=True,
+    )
+    chat: str | None = setting(
+        None,
+        help='instead of text: the field that holds a conversation, such as "messages", a list of {role, '
+        "content} or {from, value}; the tokenizer's chat template renders it",
+        identity=True,
+    )
+    chat_template: str | None = setting(
+        None,
+        help="a file of Jinja in place of the tokenizer's own chat template",
+        identity=False,  # the fingerprint knows its text
+    )
+    chat_date: str | None = setting(
+        None, help="today, such as 2026-01-31, for a chat template that writes the date", identity=True
+    )
+    train_on: str = setting(
+        "assistant",
+        help="of a conversation: the turns of the assistant, the last of them, or all of the text",
+        identity=True,
+        choices=TRAIN_ON,
     )
     weight: float = setting(
         1.0, help="this source's share of the tokens, relative to the others", identity=True

@@ -145,12 +145,14 @@ class Lane:
         parts = [documents[number][1].tokens[start : start + count] for number, start, count in placed]
         segments = np.array(placed, dtype=np.int64).reshape(-1, 3)
         bounds = [0, *accumulate(len(packed[row]) for row in order)]
+        tokens = np.concatenate([*parts, np.zeros(padding, dtype=np.int32)])
         return PackedRows(
-            np.concatenate([*parts, np.zeros(padding, dtype=np.int32)]).reshape(rows, length),
+            tokens.reshape(rows, length),
             [(self._streams[source].reader, document) for source, document in documents],
             segments,
             bounds,
             self._count(stage, documents, segments, bounds, was_cut),
+            bool(len(tokens)) and int(tokens.min()) < 0,
         )
 
     def _count(

@@ -263,6 +263,9 @@ def make_batch(rows: list[Row]) -> Batch:
     labels[ends - 1] = IGNORED
     for part in padded:
         labels[part] = IGNORED
+    for i, row in enumerate(rows):
+        if row.trained is not None:
+            labels[i * length : (i + 1) * length - 1][~row.trained[1:]] = IGNORED
     positions = np.arange(len(tokens), dtype=np.int64)
     positions -= np.repeat(ends - lengths, lengths)
     return Batch(
@@ -288,6 +291,14 @@ def _with_padding(rows: list[Row], length: int) -> tuple[np.ndarray, list[slice]
     return np.concatenate(lengths), padded
 
 
+def _masked(row: Row) -> int:
+    """Tokens without loss that would be predicted if they had one."""
+    if row.trained is None:
+        return 0
+    masked = ~row.trained[: row.lengths.sum()]
+    return int(masked.sum()) - int(masked[np.cumsum(row.lengths) - row.lengths].sum())
+
+
 def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     """Of rows that are no filler."""
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(row.lengths for row in rows)])
@@ -295,10 +306,12 @@ def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     for row in rows:
         content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
         content.update(row.tokens.data)
+        if row.trained is not None:
+            content.update(np.packbits(row.trained).data)
         digest += int.from_bytes(content.digest(), "little")
     return Counts(
         tokens=int(lengths.sum()),
-        predicted=int((lengths - 1).sum()),
+        predicted=int((lengths - 1).sum()) - sum(_masked(row) for row in rows),
         documents=int(sources[:, 1].sum()),
         cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
