@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+COUNTED = ("records", "skipped", "held_out", "overlong")  # the columns of `StepRows.records`
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -74,7 +75,8 @@ class Counts:
     cut: int  # documents of which a segment ends before the document (or its piece of max_document_length)
     # does, each counted once, at the first such segment
     attended: int  # pairs (query, key) under a causal mask within segments: sum of n * (n + 1) / 2
-    digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens)
+    digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens and their masks)
+    padding: int = 0  # places in real rows that hold no token
 
 
 class Skip(NamedTuple):
@@ -98,8 +100,8 @@ class StepRows:
     counts: Counts
     records: (
         np.ndarray
-    )  # int64 [sources, 3]: records passed, and of them skipped and held out for validation, in windows that
-    # begin here, by lanes this rank owns
+    )  # int64 [sources, 4]: records passed, and of them skipped, held out for validation, and longer than
+    # max_document_length (cut or skipped), in windows that begin here, by lanes this rank owns
     skips: tuple[Skip, ...]  # the same records' names
     sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources

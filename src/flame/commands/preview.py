@@ -98,5 +98,8 @@ def show_step(step: int, rows: list[Row], tokenizer: Tokenizer) -> None:
             cells = [row.index, segment.source, segment.epoch, segment.document_id, segment.length]
             cells += [segment.offset, int(mask.sum())]
             table.add_row(*map(str, cells), show_text(ids, mask, tokenizer))
+        padding = len(row.tokens) - int(row.lengths.sum())
+        if padding:
+            table.add_row(str(row.index), "", "", "padding", str(padding), "", "0", "")
         table.add_section()
     Console().print(table)

@@ -26,6 +26,7 @@ from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
 from flame.errors import DataError, RecipeError
 
 FORMAT_VERSION = 2  # of the order of the rows: another version is another stream
+PACKING_RULES = {"window": "best fit decreasing", "document": "whole documents, best fit decreasing"}
 CHECKED_CHARACTERS = 1_000_000  # of the recipe's own, on which a faster tokenizer must give equal ids
 FIRST_RECORDS = 1000  # of a source, before a share of bad records says anything
 
@@ -157,7 +158,8 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "at_source_end": "stop" if plan.stops_at_source_end else "redistribute",
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
-        "packing": "best fit decreasing",
+        "packing": PACKING_RULES[plan.packing],
+        **({"overlong": plan.overlong} if plan.overlong != "cut" else {}),
         **({"validation_fraction": plan.validation_fraction} if plan.validation_fraction else {}),
         "tokenizer": catalog.tokenizer_identity,
         "sources": [
@@ -235,9 +237,9 @@ def _name(pair: list[Any], index: int) -> str:
 
 
 def check_skipped(catalog: Catalog, records_total: np.ndarray, max_fraction: float) -> None:
-    """Stop a run whose data are bad. `records_total`: int64 [sources, 3], records passed, and of them
-    skipped and held out, summed over all ranks and steps. Raises DataError naming the source."""
-    for source, (records, skipped, _) in zip(catalog.sources, records_total.tolist(), strict=True):
+    """Stop a run whose data are bad. `records_total`: int64 [sources, 4], as in
+    flame.batch.StepRows, summed over all ranks and steps. Raises DataError naming the source."""
+    for source, (records, skipped, *_) in zip(catalog.sources, records_total.tolist(), strict=True):
         if records >= FIRST_RECORDS and skipped > max_fraction * records:
             raise DataError(
                 f'source "{source.name}": {skipped} of {records} records hold no text, more than '

@@ -13,12 +13,11 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
+from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog, open_readers
 from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
-from flame.data.streams import COUNTED
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
@@ -316,4 +315,5 @@ def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
         cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
         digest=(digest + 2**63) % 2**64 - 2**63,
+        padding=sum(len(row.tokens) for row in rows) - int(lengths.sum()),
     )
