@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+COUNTED = ("records", "skipped", "held_out", "overlong")  # the columns of `StepRows.records`
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -33,6 +34,7 @@ class Row:
     tokens: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int64 [segments]: their tokens
     name_segments: Callable[[], tuple[Segment, ...]] = tuple  # names are made only for those who ask
+    trained: np.ndarray | None = None  # bool [L]: the tokens that have a loss; None: all
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -46,7 +48,7 @@ class Batch:
     tokens, or by `positions`, which restart at 0 in each segment."""
 
     tokens: torch.Tensor  # int64 [b, L]
-    labels: torch.Tensor  # int64 [b, L]: the next token of the same segment, else IGNORED
+    labels: torch.Tensor  # int64 [b, L]: the segment's next token where it has a loss, else IGNORED
     positions: torch.Tensor  # int64 [b, L]
     cu_seqlens: torch.Tensor  # int32 [segments + 1]
     longest_segment: int  # in tokens; known on the host, so that no kernel launch waits for the device
@@ -73,7 +75,8 @@ class Counts:
     cut: int  # documents of which a segment ends before the document (or its piece of max_document_length)
     # does, each counted once, at the first such segment
     attended: int  # pairs (query, key) under a causal mask within segments: sum of n * (n + 1) / 2
-    digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens)
+    digest: int  # int64, wraps around: the sum over rows of a hash of (row number, tokens and their masks)
+    padding: int = 0  # places in real rows that hold no token
 
 
 class Skip(NamedTuple):
@@ -97,8 +100,8 @@ class StepRows:
     counts: Counts
     records: (
         np.ndarray
-    )  # int64 [sources, 3]: records passed, and of them skipped and held out for validation, in windows that
-    # begin here, by lanes this rank owns
+    )  # int64 [sources, 4]: records passed, and of them skipped, held out for validation, and longer than
+    # max_document_length (cut or skipped), in windows that begin here, by lanes this rank owns
     skips: tuple[Skip, ...]  # the same records' names
     sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources

@@ -130,6 +130,8 @@ def make_absolute(recipe: Recipe) -> None:
     for source in recipe.data.sources:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
         source.validation = [name if is_url(name) else _absolute(name) for name in source.validation]
+        if source.chat_template is not None:
+            source.chat_template = _absolute(source.chat_template)
         if source.dataset is not None and Path(source.dataset).is_dir():
             source.dataset = _absolute(source.dataset)
     if recipe.data.cache_directory is not None:

@@ -25,7 +25,7 @@ from data.streaming import (
 )
 from hypothesis import given, settings
 
-from flame.batch import IGNORED, StepRows
+from flame.batch import COUNTED, IGNORED, StepRows
 from flame.data import tokens
 from flame.data.preview import preview
 from flame.data.state import DataState
@@ -125,7 +125,7 @@ def test_threads_give_the_same_steps_and_state(open_data: OpenData) -> None:
 
 def test_reported_records_sum_to_the_state_across_restarts(open_data: OpenData) -> None:
     data = open_data()
-    total = np.zeros((2, 3), dtype=np.int64)
+    total = np.zeros((2, len(COUNTED)), dtype=np.int64)
     named: list[object] = []
     state = None
     for world, steps in ((1, 5), (2, 9), (4, 11), (3, 2)):
@@ -135,7 +135,7 @@ def test_reported_records_sum_to_the_state_across_restarts(open_data: OpenData) 
             total += sum(part.records for part in parts)
             named += [skip for part in parts for skip in part.skips]
         state = state_after(data, parts, ranks[0].columns)
-    columns = [f"s{i}.{name}" for i in range(2) for name in ("records", "skipped", "held_out")]
+    columns = [f"s{i}.{name}" for i in range(2) for name in COUNTED]
     sums = [int(state.lanes[:, state.columns.index(name)].sum()) for name in columns]
     assert sums == total.reshape(-1).tolist()
     assert len(named) == len(set(named)) == total[:, 1].sum() > 0

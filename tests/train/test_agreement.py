@@ -41,8 +41,8 @@ def vars_of(counts: Counts) -> list[int]:
 
 def rows_of(rank: int) -> StepRows:
     # what the exchange reads of a step's rows, each rank's own
-    counts = Counts(100 + rank, 90 + rank, rank, 1, 2**40, 2**62 + rank)
-    records = np.array([[rank, 0, 0], [10, rank, 2]], np.int64)
+    counts = Counts(100 + rank, 90 + rank, rank, 1, 2**40, 2**62 + rank, 5)
+    records = np.array([[rank, 0, 0, 1], [10, rank, 2, 0]], np.int64)
     sources = np.array([[rank, 1, 0], [7, 0, rank]], np.int64)
     epochs = np.array([5 - rank, 9 + rank], np.int64)
     rows: Any = SimpleNamespace(
@@ -72,9 +72,9 @@ def exchanged(folder: Path, wishes: dict[int, dict[str, bool]]) -> dict[str, Any
 def test_counts_are_summed_and_the_digest_wraps_around(tmp_path: Path) -> None:
     found = exchanged(tmp_path, {})
     digest = (3 * 2**62 + 3 + 2**63) % 2**64 - 2**63
-    assert found["counts"] == [303, 273, 3, 3, 3 * 2**40, digest]
+    assert found["counts"] == [303, 273, 3, 3, 3 * 2**40, digest, 15]
     assert digest < 0, "three times 2^62 is more than an int64 holds"
-    assert found["records"] == [[3, 0, 0], [30, 3, 6]]
+    assert found["records"] == [[3, 0, 0, 3], [30, 3, 6, 0]]
     assert found["sources"] == [[3, 3, 0], [21, 0, 3]]
     assert found["epoch"] == 3, "the smallest"
     assert found["epochs"] == [3, 9], "the smallest of each source"

@@ -37,6 +37,8 @@ def bench(path: str, flags: dict[str, str], ranks: int, seconds: float, as_json:
         "state": f"{got.state_bytes:,} bytes, {got.state_microseconds:.1f} microseconds a step",
         "memory": f"{got.memory_mib:,.0f} MiB at most",
     }
+    if got.padding_share:
+        rows["padding"] = f"{100 * got.padding_share:.2f} % of the rows' places"
     stage = plan.stages[0]
     print(f"rank 0 of {ranks}, {got.steps:,} steps of {stage.rows_per_step} x {stage.sequence_length} tokens")
     for name, value in rows.items():

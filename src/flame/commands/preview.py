@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flame.batch import Row
 from flame.data.catalog import open_catalog
@@ -37,8 +42,7 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str
     for step, all_rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):
         rows = [row for row in all_rows if most is None or row.index < most]
         if as_json:
-            listed = [[list(segment) for segment in row.segments] for row in rows]
-            print(json.dumps({"step": step, "rows": listed}), flush=True)
+            print(json.dumps(step_as_json(step, rows)), flush=True)
         else:
             show_step(step, rows, tokenizer)
     return Exit.DONE
@@ -54,18 +58,48 @@ def parse_steps(text: str) -> range:
     return range(first, last)
 
 
+def step_as_json(step: int, rows: list[Row]) -> dict[str, Any]:
+    """One step: its rows' segments, and where some token has no loss, how many have one in each segment."""
+    shown: dict[str, Any] = {"step": step, "rows": [[list(s) for s in row.segments] for row in rows]}
+    if any(row.trained is not None for row in rows):
+        shown["with_loss"] = [[int(mask.sum()) for _, mask in masks_of(row)] for row in rows]
+    return shown
+
+
+def masks_of(row: Row) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each segment: its tokens, and which of them have a loss. The first is predicted by nothing."""
+    ends = np.cumsum(row.lengths).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        mask = np.ones(end - start, dtype=bool) if row.trained is None else row.trained[start:end].copy()
+        mask[0] = False
+        yield row.tokens[start:end], mask
+
+
+def show_text(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Text:
+    """The beginning of a segment's text; where some of it has no loss, the rest is in brackets, and bold."""
+    ids, mask = ids[:SHOWN_CHARACTERS], mask[:SHOWN_CHARACTERS]
+    mixed = not mask[1:].all()
+    shown = Text()
+    changes = np.flatnonzero(np.diff(mask, prepend=mask[:1])).tolist() if mixed else []
+    for start, end in pairwise([0, *changes, len(ids)]):
+        text = repr(tokenizer.decode(ids[start:end]))[1:-1]
+        trained = mixed and bool(mask[start])
+        shown.append(f"[{text}]" if trained else text, style="bold" if trained else "")
+    return shown[: SHOWN_CHARACTERS + 2 * len(changes)]
+
+
 def show_step(step: int, rows: list[Row], tokenizer: Tokenizer) -> None:
     """One step as a table: a line a segment."""
     table = Table(title=f"step {step}", title_justify="left")
-    for column in ("row", "source", "epoch", "document", "tokens", "of which first", "text"):
+    for column in ("row", "source", "epoch", "document", "tokens", "of which first", "with loss", "text"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        start = 0
-        for segment in row.segments:
-            ids = row.tokens[start : start + segment.length]
-            text = tokenizer.decode(ids[:SHOWN_CHARACTERS])[:SHOWN_CHARACTERS]
+        for segment, (ids, mask) in zip(row.segments, masks_of(row), strict=True):
             cells = [row.index, segment.source, segment.epoch, segment.document_id, segment.length]
-            table.add_row(*map(str, cells), str(segment.offset), repr(text)[1:-1])
-            start += segment.length
+            cells += [segment.offset, int(mask.sum())]
+            table.add_row(*map(str, cells), show_text(ids, mask, tokenizer))
+        padding = len(row.tokens) - int(row.lengths.sum())
+        if padding:
+            table.add_row(str(row.index), "", "", "padding", str(padding), "", "0", "")
         table.add_section()
     Console().print(table)

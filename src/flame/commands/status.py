@@ -50,6 +50,7 @@ def described(source: dict[str, int]) -> str:
     cut = f" ({100 * source['cut'] / documents:.1f} % cut)" if documents else ""
     skipped = f", {source['skipped']} records skipped" if source["skipped"] else ""
     skipped += f", {source['held_out']} held out" if source.get("held_out") else ""
+    skipped += f", {source['overlong']} longer than a document may be" if source.get("overlong") else ""
     return f"{source['tokens']:,} tokens, {documents:,} documents{cut}, epoch {source['epoch']}{skipped}"
 
 

@@ -37,6 +37,7 @@ class BenchResult:
     share_of_tokenizer: float | None  # seconds of the tokenizer alone over the loader's, for the same calls;
     # None where that says nothing, as some tokens come from sources of ids
     processor_share: float | None  # the same of processor time, which other work hardly changes
+    padding_share: float  # of the rows' places, those that hold no token
     cpu_share: float  # processor seconds a second of the loader; above 1 where threads help
     first_rows_seconds: float  # of a fresh run, tokenizer and files opened
     resume_seconds: float  # to the first row at a random later step
@@ -75,7 +76,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
     got = loader.next_step()
     first_rows = time.perf_counter() - begun
     recorder.calls.clear()  # the short windows at the start of a run say little of its speed
-    tokens = steps = raw_tokens = 0
+    tokens = padding = steps = raw_tokens = 0
     loader_seconds = raw_seconds = cpu = raw_cpu = 0.0
     kept: list[tuple[StepRows, StepRows]] = []  # a step and the one after it
     chosen = random.Random(plan.seed)
@@ -86,6 +87,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
             loader_seconds += time.perf_counter() - wall
             cpu += time.process_time() - processor
             tokens, steps = tokens + got.counts.tokens, steps + 1
+            padding += got.counts.padding
             kept.append((before, got))
             if len(kept) > KEPT_STATES:
                 kept.pop(chosen.randrange(KEPT_STATES))
@@ -108,6 +110,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         tokenizer_tokens_per_second=raw_tokens / raw_seconds if raw_tokens else None,
         share_of_tokenizer=raw_seconds / loader_seconds if only_text else None,
         processor_share=raw_cpu / cpu if only_text else None,
+        padding_share=padding / (tokens + padding),
         cpu_share=cpu / loader_seconds,
         first_rows_seconds=first_rows,
         resume_seconds=_resume(catalog, plan, ranks, state, after),

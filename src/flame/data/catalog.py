@@ -17,13 +17,16 @@ from flame.data.cache import Access, Vocabulary
 from flame.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan, Stage, largest_divisor
 from flame.data.raw import SourceFile
+from flame.data.records import SEPARATOR, Shape
 from flame.data.sample import sample_texts
+from flame.data.shapes import shape_of
 from flame.data.sources import Source, open_source
 from flame.data.streams import SourceReader
 from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
 from flame.errors import DataError, RecipeError
 
 FORMAT_VERSION = 2  # of the order of the rows: another version is another stream
+PACKING_RULES = {"window": "best fit decreasing", "document": "whole documents, best fit decreasing"}
 CHECKED_CHARACTERS = 1_000_000  # of the recipe's own, on which a faster tokenizer must give equal ids
 FIRST_RECORDS = 1000  # of a source, before a share of bad records says anything
 
@@ -74,7 +77,8 @@ def open_catalog(
         tokenizer_path = base / tokenizer_path.expanduser()
     tokenizer = load_tokenizer(tokenizer_path, tokenizer_config.bos, backend)
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
-    sources = _open_checked(data_config, data_config.sources, plan, base, vocabulary)
+    shapes = [shape_of(config, base, tokenizer_path, tokenizer) for config in data_config.sources]
+    sources = _open_checked(data_config, data_config.sources, shapes, plan, base, vocabulary)
     for source in sources:
         _check_lanes(source, plan)
     if backend != "tokenizers":
@@ -90,12 +94,13 @@ def open_sources(data_config: DataConfig, plan: DataPlan, base: Path) -> tuple[S
     configs = [config for config in data_config.sources if not config.ids]
     if not configs:
         raise RecipeError("data.sources: every source holds token ids, and none the text that this needs")
-    return _open_checked(data_config, configs, plan, base, None)
+    return _open_checked(data_config, configs, [shape_of(c, base) for c in configs], plan, base, None)
 
 
 def _open_checked(
     data_config: DataConfig,
     configs: list[SourceConfig],
+    shapes: list[Shape | None],
     plan: DataPlan,
     base: Path,
     vocabulary: Vocabulary | None,
@@ -106,7 +111,10 @@ def _open_checked(
         data_config.skip_corrupt_blocks,
         vocabulary,
     )
-    return tuple(open_source(config, base, plan.lanes, access) for config in configs)
+    return tuple(
+        open_source(config, base, plan.lanes, access, shape)
+        for config, shape in zip(configs, shapes, strict=True)
+    )
 
 
 def _check_settings(configs: list[SourceConfig]) -> None:
@@ -150,7 +158,8 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
         "at_source_end": "stop" if plan.stops_at_source_end else "redistribute",
         "group_blocks": plan.group_blocks,
         "blocks": blocks.RULE,
-        "packing": "best fit decreasing",
+        "packing": PACKING_RULES[plan.packing],
+        **({"overlong": plan.overlong} if plan.overlong != "cut" else {}),
         **({"validation_fraction": plan.validation_fraction} if plan.validation_fraction else {}),
         "tokenizer": catalog.tokenizer_identity,
         "sources": [
@@ -158,12 +167,13 @@ def fingerprint(catalog: Catalog, plan: DataPlan) -> dict[str, Any]:
                 "name": source.name,
                 "max_epochs": max_epochs,
                 "format": source.format,
-                "text": source.field,
+                "text": source.field.replace(SEPARATOR, ", "),
                 "files": [
                     _file_print(file) | ({"first_epoch": joined[file.name]} if file.name in joined else {})
                     for file in source.files
                 ],
             }
+            | (source.shape.identity() if source.shape is not None else {})
             | ({"validation": [_file_print(file) for file in source.validation]} if source.validation else {})
             for source, max_epochs in zip(catalog.sources, plan.max_epochs, strict=True)
             for joined in [catalog.joined.get(source.name, {})]
@@ -227,9 +237,9 @@ def _name(pair: list[Any], index: int) -> str:
 
 
 def check_skipped(catalog: Catalog, records_total: np.ndarray, max_fraction: float) -> None:
-    """Stop a run whose data are bad. `records_total`: int64 [sources, 3], records passed, and of them
-    skipped and held out, summed over all ranks and steps. Raises DataError naming the source."""
-    for source, (records, skipped, _) in zip(catalog.sources, records_total.tolist(), strict=True):
+    """Stop a run whose data are bad. `records_total`: int64 [sources, 4], as in
+    flame.batch.StepRows, summed over all ranks and steps. Raises DataError naming the source."""
+    for source, (records, skipped, *_) in zip(catalog.sources, records_total.tolist(), strict=True):
         if records >= FIRST_RECORDS and skipped > max_fraction * records:
             raise DataError(
                 f'source "{source.name}": {skipped} of {records} records hold no text, more than '

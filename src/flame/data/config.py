@@ -19,6 +19,7 @@ def parse_weights(raw: Any) -> dict[str, float]:
 
 BYTES = "bytes"  # as tokenizer.path: no file; 256 bytes and EOS
 BACKENDS = ("tokenizers", "gigatoken", "fastokens")
+TRAIN_ON = ("assistant", "last", "all")
 
 
 @dataclass
@@ -98,6 +99,32 @@ class SourceConfig:
         identity=True,
         choices=("uint16", "uint32", "int32", "int64"),
     )
+    template: str | None = setting(
+        None,
+        help='instead of text: several fields joined, such as "{title}\\n\\n{body}"; nested ones with dots, '
+        "braces that are text twice",
+        identity=True,
+    )
+    chat: str | None = setting(
+        None,
+        help='instead of text: the field that holds a conversation, such as "messages", a list of {role, '
+        "content} or {from, value}; the tokenizer's chat template renders it",
+        identity=True,
+    )
+    chat_template: str | None = setting(
+        None,
+        help="a file of Jinja in place of the tokenizer's own chat template",
+        identity=False,  # the fingerprint knows its text
+    )
+    chat_date: str | None = setting(
+        None, help="today, such as 2026-01-31, for a chat template that writes the date", identity=True
+    )
+    train_on: str = setting(
+        "assistant",
+        help="of a conversation: the turns of the assistant, the last of them, or all of the text",
+        identity=True,
+        choices=TRAIN_ON,
+    )
 
 
 @dataclass
@@ -164,6 +191,20 @@ class DataConfig:
         help="steps whose tokens are packed together; left out: about 4M tokens, 4 to 32 steps",
         identity=True,
         parse=parse_count,
+    )
+    packing: str = setting(
+        "window",
+        help="window: every row is full, and a document is cut where it must be; document: none is cut, and "
+        "rows are padded",
+        identity=True,
+        choices=("window", "document"),
+    )
+    overlong: str = setting(
+        "cut",
+        help="a document longer than max_document_length: cut trains it in pieces, skip counts and names it, "
+        "error stops the run",
+        identity=True,
+        choices=("cut", "skip", "error"),
     )
     max_skipped_fraction: float = setting(
         0.001,

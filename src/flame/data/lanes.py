@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
-from flame.batch import Skip
+from flame.batch import COUNTED, Skip
 from flame.data import blocks
 from flame.data.mixture import next_source
-from flame.data.packing import Piece, pack
+from flame.data.packing import Piece, pack, pack_whole
 from flame.data.plan import DataPlan, Stage
-from flame.data.streams import COUNTED, CURSOR, Cursor, Document, SourceReader, Stream
+from flame.data.streams import CURSOR, Cursor, Document, Mark, SourceReader, Stream
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import LANE_COLUMNS, PackedRows, Window, every
 from flame.errors import DataError
@@ -22,6 +23,14 @@ NEVER = np.iinfo(np.int64).max  # the offset of a cut that is not there
 UNKNOWN = 0  # the hash of a window whose files have changed by permission
 
 Documents = list[tuple[int, Document]]  # (source, document)
+
+
+class Look(NamedTuple):
+    """A look at what a source gives next."""
+
+    source: int
+    mark: Mark  # the place before it
+    found: bool  # whether there was a document; else the source has ended
 
 
 class Lane:
@@ -52,8 +61,8 @@ class Lane:
         stage = self.plan.stage_of(index)
         size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
         was_cut = [bool(stream.cursor.cut) for stream in self._streams]
-        documents, pieces, records, skips = self._fill(stage, size)
-        rows = self._rows(stage, size, documents, pieces, was_cut)
+        documents, packed, records, skips = self._fill(stage, size)
+        rows = self._rows(stage, documents, packed, was_cut)
         digest = hashlib.blake2b(rows.tokens.reshape(-1).data, digest_size=8)
         window_hash = int.from_bytes(digest.digest(), "little", signed=True)
         if self._row:
@@ -80,21 +89,65 @@ class Lane:
             for stream in self._streams:
                 stream.cursor.phase_tokens = 0
 
-    def _fill(self, stage: Stage, rows: int) -> tuple[Documents, list[Piece], np.ndarray, tuple[Skip, ...]]:
-        """Exactly the window's tokens, or all that are left: the documents, their pieces, the records and the
-        skips."""
+    def _fill(
+        self, stage: Stage, rows: int
+    ) -> tuple[Documents, list[list[Piece]], np.ndarray, tuple[Skip, ...]]:
+        """The window's documents, its rows in their order, the records and the skips."""
+        for stream in self._streams:
+            stream.longest = stage.max_document_length
+            stream.forget()
         before = [s.cursor.counted for s in self._streams]
-        documents, pieces = self._take_turns(stage, rows * stage.sequence_length)
+        take = self._take_whole if self.plan.packing == "document" else self._take_to_cut
+        documents, packed = take(stage, rows)
         after = [s.cursor.counted for s in self._streams]
         skips: list[Skip] = []
         for stream in self._streams:
             skips += stream.skips
             stream.skips.clear()
         records = np.array(after, dtype=np.int64) - np.array(before, dtype=np.int64)
-        return documents, pieces, records, tuple(skips)
+        return documents, packed, records, tuple(skips)
 
-    def _take_turns(self, stage: Stage, need: int) -> tuple[Documents, list[Piece]]:
-        """`need` tokens, or all that are left: each turn at most a row's of one document."""
+    def _take_to_cut(self, stage: Stage, size: int) -> tuple[Documents, list[list[Piece]]]:
+        """Rows without padding; where the lane ends, the last one may have some."""
+        documents, pieces = self._take_turns(stage, size * stage.sequence_length)
+        length, tokens = stage.sequence_length, sum(piece.length for piece in pieces)
+        rows = min(size, -(-tokens // length))
+        padding = rows * length - tokens
+        packed = pack(pieces, length, rows, padding)
+        order = self._shuffled(rows - bool(padding))
+        return documents, [packed[row] for row in (*order, *range(len(order), rows))]
+
+    def _take_whole(self, stage: Stage, size: int) -> tuple[Documents, list[list[Piece]]]:
+        """Rows of whole documents, padded; fewer than `size` only where the lane ends.
+
+        Turns give documents until the window's tokens are over; of these, as many of the first as fit into
+        its rows are taken, and the streams go back to where the next one begins.
+        """
+        looks: list[Look] = []
+        documents, pieces = self._take_turns(stage, size * stage.sequence_length, looks)
+        packed, count = pack_whole(pieces, stage.sequence_length, size)
+        found = [i for i, look in enumerate(looks) if look.found]  # a place for each piece, and one too many
+        if count < len(found):
+            for look in reversed(looks[1 + found[count - 1] :]):
+                self._streams[look.source].back_to(look.mark)
+            self._ended = False
+        kept = 1 + max((piece.document for piece in pieces[:count]), default=-1)
+        used = [row for row in packed if row]
+        return documents[:kept], [used[row] for row in self._shuffled(len(used))]
+
+    def _shuffled(self, rows: int) -> list[int]:
+        """The order of some rows of the window, or every lane would give its longest documents at once."""
+        key = blocks.mix(self.plan.seed, self.lane, self.window_index)
+        return blocks.shuffled(rows, key, blocks.name_key("rows")).tolist()
+
+    def _take_turns(
+        self, stage: Stage, need: int, looks: list[Look] | None = None
+    ) -> tuple[Documents, list[Piece]]:
+        """`need` tokens, or all that are left: each turn at most a row's of one document.
+
+        `looks`: no turn is cut short by `need`; the first that would be ends them. Takes all looks at
+        streams, that one too.
+        """
         length, most = stage.sequence_length, stage.max_document_length
         given = [stream.cursor.phase_tokens for stream in self._streams]
         weights = [0.0 if s.ended else w for s, w in zip(self._streams, stage.weights, strict=True)]
@@ -106,7 +159,10 @@ class Lane:
         while need and not self._ended:
             source = next_source(given, weights, length)
             stream = self._streams[source]
+            mark = stream.mark() if looks is not None else None
             document = stream.document(int(need * weights[source] / total) + length)
+            if looks is not None and mark is not None:
+                looks.append(Look(source, mark, document is not None))
             if document is None:
                 weights[source] = 0.0
                 total = sum(weights)
@@ -118,6 +174,11 @@ class Lane:
                 documents.append((source, document))
             offset = stream.cursor.offset
             turn = min(length, need, len(document.tokens) - offset)
+            if looks is not None:
+                piece = min(len(document.tokens), (offset // most + 1) * most) - offset
+                if piece > need:
+                    break
+                turn = piece
             end = offset + turn
             while offset < end:
                 stop = min(end, (offset // most + 1) * most)
@@ -129,28 +190,29 @@ class Lane:
         return documents, pieces
 
     def _rows(
-        self, stage: Stage, size: int, documents: Documents, pieces: list[Piece], was_cut: list[bool]
+        self, stage: Stage, documents: Documents, packed: list[list[Piece]], was_cut: list[bool]
     ) -> PackedRows:
-        """The pieces as rows in their final order; a row with padding is the last. `was_cut`: of each
-        source's first document."""
-        length, tokens = stage.sequence_length, sum(piece.length for piece in pieces)
-        rows = min(size, -(-tokens // length))
-        padding = rows * length - tokens
-        packed = pack(pieces, length, rows, padding)
-        key = blocks.mix(self.plan.seed, self.lane, self.window_index)
-        order = blocks.shuffled(rows - bool(padding), key, blocks.name_key("rows")).tolist()
-        if padding:
-            order.append(rows - 1)
-        placed = [piece for row in order for piece in packed[row]]
-        parts = [documents[number][1].tokens[start : start + count] for number, start, count in placed]
-        segments = np.array(placed, dtype=np.int64).reshape(-1, 3)
-        bounds = [0, *accumulate(len(packed[row]) for row in order)]
+        """The window's rows. `was_cut`: of each source's first document."""
+        length = stage.sequence_length
+        zeros = np.zeros(length, dtype=np.int32)
+        parts: list[np.ndarray] = []
+        for row in packed:
+            room = length
+            for number, start, count in row:
+                parts.append(documents[number][1].tokens[start : start + count])
+                room -= count
+            if room:
+                parts.append(zeros[:room])
+        segments = np.array([piece for row in packed for piece in row], dtype=np.int64).reshape(-1, 3)
+        bounds = [0, *accumulate(map(len, packed))]
+        tokens = np.concatenate([zeros[:0], *parts])
         return PackedRows(
-            np.concatenate([*parts, np.zeros(padding, dtype=np.int32)]).reshape(rows, length),
+            tokens.reshape(len(packed), length),
             [(self._streams[source].reader, document) for source, document in documents],
             segments,
             bounds,
             self._count(stage, documents, segments, bounds, was_cut),
+            bool(len(tokens)) and int(tokens.min()) < 0,
         )
 
     def _count(

@@ -46,7 +46,7 @@ class JsonLines(Text):
         """The fields of the first 100 objects, looked for in the first 1,000 lines."""
         objects: list[dict[str, Any]] = []
         for line in islice(head_lines(path, access), 1000):
-            record = _json(line)
+            record = parse_json(line)
             if isinstance(record, dict):
                 objects.append(cast("dict[str, Any]", record))
             if len(objects) == 100:
@@ -121,7 +121,7 @@ class JsonLines(Text):
         return found
 
     def decode(self, content: bytes | None) -> str | Bad:
-        record = _json(content or b"")
+        record = parse_json(content or b"")
         if not isinstance(record, dict):
             return record if isinstance(record, Bad) else Bad("not a JSON object")
         fields = cast("dict[str, Any]", record)
@@ -145,7 +145,8 @@ class JsonLines(Text):
         return f"line {line}"
 
 
-def _json(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
+    """What a line of JSON says, or Bad where it is none."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:

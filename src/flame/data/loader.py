@@ -13,12 +13,11 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from flame.batch import IGNORED, Batch, Counts, Row, Skip, StepRows
+from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog, open_readers
 from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
-from flame.data.streams import COUNTED
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
@@ -263,6 +262,9 @@ def make_batch(rows: list[Row]) -> Batch:
     labels[ends - 1] = IGNORED
     for part in padded:
         labels[part] = IGNORED
+    for i, row in enumerate(rows):
+        if row.trained is not None:
+            labels[i * length : (i + 1) * length - 1][~row.trained[1:]] = IGNORED
     positions = np.arange(len(tokens), dtype=np.int64)
     positions -= np.repeat(ends - lengths, lengths)
     return Batch(
@@ -288,6 +290,14 @@ def _with_padding(rows: list[Row], length: int) -> tuple[np.ndarray, list[slice]
     return np.concatenate(lengths), padded
 
 
+def _masked(row: Row) -> int:
+    """Tokens without loss that would be predicted if they had one."""
+    if row.trained is None:
+        return 0
+    masked = ~row.trained[: row.lengths.sum()]
+    return int(masked.sum()) - int(masked[np.cumsum(row.lengths) - row.lengths].sum())
+
+
 def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     """Of rows that are no filler."""
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(row.lengths for row in rows)])
@@ -295,12 +305,15 @@ def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
     for row in rows:
         content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
         content.update(row.tokens.data)
+        if row.trained is not None:
+            content.update(np.packbits(row.trained).data)
         digest += int.from_bytes(content.digest(), "little")
     return Counts(
         tokens=int(lengths.sum()),
-        predicted=int((lengths - 1).sum()),
+        predicted=int((lengths - 1).sum()) - sum(_masked(row) for row in rows),
         documents=int(sources[:, 1].sum()),
         cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
         digest=(digest + 2**63) % 2**64 - 2**63,
+        padding=sum(len(row.tokens) for row in rows) - int(lengths.sum()),
     )

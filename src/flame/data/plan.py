@@ -61,6 +61,8 @@ class DataPlan:
     group_blocks: int = 2  # G: blocks of a lane whose documents are permuted together
     validation_fraction: float = 0.0  # of the documents is held out, by a hash of each
     validates: bool = False  # gives what is held out, in place of the rest
+    packing: str = "window"  # or "document": none is cut, and rows are padded
+    overlong: str = "cut"  # what happens to a document above max_document_length; or "skip", "error"
 
     @classmethod
     def of(
@@ -91,6 +93,8 @@ class DataPlan:
             epochs,
             config.at_source_end == "stop",
             validation_fraction=validation_fraction,
+            packing=config.packing,
+            overlong=config.overlong,
         )
 
     @property

@@ -34,6 +34,7 @@ class ArrowTable:
 
     def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
         self._files, self._field, self._access = as_files(paths), field, access
+        self._columns: tuple[str, ...] = (field,)  # that are read
         self._open: OrderedDict[int, tuple[list[Any], np.ndarray]] = OrderedDict()
 
     @staticmethod
@@ -74,6 +75,10 @@ class ArrowTable:
     def decode(self, content: bytes | None) -> str | Bad:
         return decode_utf8(content)
 
+    def text_of_batch(self, batch: Any) -> Any:
+        """What is read of a batch."""
+        return batch.column(self._field)
+
     def contents(self, column: Any) -> list[Any]:
         """The rows of a piece of the column."""
         return column.cast(arrow.large_binary()).to_pylist()
@@ -88,10 +93,11 @@ class ArrowTable:
             if len(self._open) >= OPEN_FILES:
                 self._open.popitem(last=False)
             schema, batches = _open_arrow(self._files[file], self._access)
-            if self._field not in schema.names:
+            missing = next((name for name in self._columns if name not in schema.names), None)
+            if missing is not None:
                 names = ", ".join(schema.names)
-                raise DataError(f'{self._files[file].path}: no column "{self._field}"; found: {names}')
-            chunks = [batch.column(self._field) for batch in batches if batch.num_rows]
+                raise DataError(f'{self._files[file].path}: no column "{missing}"; found: {names}')
+            chunks = [self.text_of_batch(batch) for batch in batches if batch.num_rows]
             known = chunks, np.cumsum([0, *(len(chunk) for chunk in chunks)])
         self._open[file] = known
         return known

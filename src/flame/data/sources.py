@@ -6,6 +6,7 @@ import glob
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from flame.data import blocks as cutting
 from flame.data.blocks import Blocks
@@ -19,6 +20,7 @@ from flame.data.ids import FlatBin, Megatron, Npy, index_path, look_with_index
 from flame.data.lines import JsonLines, PlainText
 from flame.data.paragraphs import Paragraphs
 from flame.data.raw import HASHED, SourceFile, is_url
+from flame.data.records import SEPARATOR, ArrowRecords, ParquetRecords, Shape, Shaped, columns_of
 from flame.data.remote import list_url, url_exists
 from flame.data.saved import ArrowTable, hub_files, saved_files
 from flame.data.tables import Parquet
@@ -29,6 +31,8 @@ FORMATS: dict[str, type[Format]] = {
     "jsonl": JsonLines,
     "parquet": Parquet,
     "arrow": ArrowTable,
+    "parquet records": ParquetRecords,
+    "arrow records": ArrowRecords,
     "text": PlainText,
     "paragraphs": Paragraphs,
     "parquet ids": ParquetIds,
@@ -66,6 +70,7 @@ class Source:
     notes: tuple[str, ...]  # what was chosen without being asked, for the log
     access: Access = LOCAL
     validation: tuple[SourceFile, ...] = ()  # files that are held out of training
+    shape: Shape | None = None  # makes a text of several fields, or of a conversation
 
     @property
     def holds_ids(self) -> bool:
@@ -74,10 +79,13 @@ class Source:
 
     def open(self) -> Format:
         """A reader of the source's files."""
-        return FORMATS[self.format](self.files, self.field, self.access)
+        reader = FORMATS[self.format](self.files, self.field, self.access)
+        return reader if self.shape is None else cast("Format", Shaped(reader, self.shape))
 
 
-def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = LOCAL) -> Source:
+def open_source(
+    config: SourceConfig, base: Path, lanes: int, access: Access = LOCAL, shape: Shape | None = None
+) -> Source:
     """List, check and cut a source. Raises DataError naming the source and the file or pattern."""
     if bool(config.files) == (config.dataset is not None):
         raise RecipeError(f'data.sources: source "{config.name}": give it files or dataset, one of the two')
@@ -96,6 +104,8 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
                 f"its files are {format_name}"
             )
         format_name = "paragraphs"
+    if shape is not None:
+        format_name = {"parquet": "parquet records", "arrow": "arrow records"}.get(format_name, format_name)
     look_at = look_with_index if format_name == "megatron ids" else look
     looked = [look_at(name, path) for name, path in found]
     validation = tuple(file for file in (look_at(name, path) for name, path in apart) if file.size)
@@ -108,14 +118,26 @@ def open_source(config: SourceConfig, base: Path, lanes: int, access: Access = L
     if empty:
         notes.append(f'source "{config.name}": {len(empty)} empty files hold no document')
     files = tuple(file for file in looked if file.size)
-    field = _choose_field(config, FORMATS[format_name], files[0], access)
-    if field and not config.ids and config.text is None and field != DEFAULT_FIELDS[0]:
+    if shape is not None:
+        field = SEPARATOR.join(columns_of(shape, config.name, format_name, files[0], access))
+    else:
+        field = _choose_field(config, FORMATS[format_name], files[0], access)
+    if field and not config.ids and shape is None and config.text is None and field != DEFAULT_FIELDS[0]:
         notes.append(f'source "{config.name}": the text is field "{field}"')
     source_blocks = cut(FORMATS[format_name](files, field, access), len(files), lanes)
     if not len(source_blocks):
         raise DataError(f'source "{config.name}": {files[0].path}: no documents in its {len(files)} file(s)')
     return Source(
-        config.name, config.weight, format_name, field, files, source_blocks, tuple(notes), access, validation
+        config.name,
+        config.weight,
+        format_name,
+        field,
+        files,
+        source_blocks,
+        tuple(notes),
+        access,
+        validation,
+        shape,
     )
 
 

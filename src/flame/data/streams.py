@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from flame.batch import Skip
+from flame.batch import COUNTED, Skip
 from flame.data import blocks
 from flame.data.blocks import Blocks, Draws, Range
 from flame.data.formats import Bad, Content, Format, text_of
@@ -33,10 +33,10 @@ CURSOR = (
     "records",
     "skipped",
     "held_out",
+    "overlong",
     "cut",
     "begun",
 )
-COUNTED = ("records", "skipped", "held_out")  # the columns of `StepRows.records`
 HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 POSITIONS_AHEAD = 512  # block positions permuted at once
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
@@ -44,6 +44,7 @@ BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _cursor_values = attrgetter(*CURSOR)
+_cursor_counts = attrgetter(*COUNTED)
 
 
 @dataclass(slots=True)
@@ -59,13 +60,14 @@ class Cursor:
     records: int = 0  # passed in all, the skipped ones included
     skipped: int = 0  # of them, records without text
     held_out: int = 0  # of them, documents for validation
+    overlong: int = 0  # of them, documents longer than max_document_length
     cut: int = 0  # 1 where the document here has been cut already
     begun: int = 0  # the last epoch that was begun, at the end of the window that is open
 
     @property
-    def counted(self) -> tuple[int, int, int]:
-        """Records passed, and of them skipped and held out."""
-        return self.records, self.skipped, self.held_out
+    def counted(self) -> tuple[int, ...]:
+        """In the order of `COUNTED`."""
+        return _cursor_counts(self)
 
     def values(self) -> list[int]:
         """In the order of `CURSOR`."""
@@ -95,6 +97,14 @@ class Group(NamedTuple):
     ranges: list[Range]
     key: int  # of the permutation
     draws: Draws
+
+
+class Mark(NamedTuple):
+    """A place in a stream to go back to."""
+
+    cursor: Cursor
+    passed: int
+    skips: int
 
 
 class Exhausted:
@@ -143,11 +153,10 @@ class SourceReader:
             for file, start, stop in group:
                 self.format.expect(file, start, stop)
 
-    def skip_of(self, document: Document) -> Skip:
-        """The name of a record without text."""
+    def skip_of(self, document: Document, reason: str) -> Skip:
+        """The name of a record that is not trained."""
         file = self.source.files[document.file]
         place = self.format.place(document.file, document.position)
-        reason = document.text.reason if isinstance(document.text, Bad) else ""
         return Skip(
             self.source.name, document.epoch, self.document_id(document), str(file.path), place, reason
         )
@@ -167,6 +176,9 @@ class Stream:
         self._ahead: deque[Document | Exhausted] = deque()
         self._found_text = False  # in the group that is read
         self._walk = self._documents(cursor.epoch, cursor.group, cursor.document)
+        self.longest: int | None = None  # tokens of a document; a longer one is overlong
+        self._given_epoch = cursor.epoch  # in which tokens were last given
+        self._passed: deque[Document] = deque()  # since `forget`
 
     @property
     def ended(self) -> bool:
@@ -196,26 +208,78 @@ class Stream:
             at.epoch, at.group, at.document = head.epoch, head.group, head.number
             at.begun = at.epoch
             if len(head.tokens):
-                return head
+                if self._takes(head):
+                    return head
+                self._pass(head)
+                continue
             if head.text is HELD_OUT:
                 at.held_out += 1
             elif isinstance(head.text, Bad):
                 at.skipped += 1
-                self.skips.append(self.reader.skip_of(head))
+                self.skips.append(self.reader.skip_of(head, head.text.reason))
             self._pass(head)
 
     def give(self, tokens: int) -> None:
         """Move on by `tokens` of the document at the cursor."""
         head, at = self._ahead[0], self.cursor
         assert isinstance(head, Document)
+        if not at.offset and self._is_overlong(head):
+            at.overlong += not head.part
+        self._given_epoch = at.epoch
         at.offset += tokens
         at.tokens += tokens
         at.phase_tokens += tokens
         if at.offset == len(head.tokens):
             self._pass(head)
 
+    # ------------------------------------------------------------------------ back and forth
+
+    def forget(self) -> None:
+        """No mark made before this is gone back to."""
+        self._passed.clear()
+
+    def mark(self) -> Mark:
+        """This place, to go back to."""
+        return Mark(Cursor(*self.cursor.values()), len(self._passed), len(self.skips))
+
+    def back_to(self, mark: Mark) -> None:
+        """Take back all that was given and passed since a mark."""
+        self.cursor = mark.cursor
+        while len(self._passed) > mark.passed:
+            self._ahead.appendleft(self._passed.pop())
+        del self.skips[mark.skips :]
+
+    # ------------------------------------------------------------------------------ long ones
+
+    def _is_overlong(self, head: Document) -> bool:
+        return self.longest is not None and len(head.tokens) > self.longest
+
+    def _takes(self, head: Document) -> bool:
+        """Whether a document is trained. One that is too long to be is counted and named."""
+        what, at = self.reader.plan.overlong, self.cursor
+        if what == "cut" or at.offset or not (head.part is not None or self._is_overlong(head)):
+            return True
+        found = "more than 1 MiB" if head.part is not None else f"{len(head.tokens)} tokens"
+        reason = f"{found}, longer than max_document_length = {self.longest}"
+        skip = self.reader.skip_of(head, reason)
+        if what == "error":
+            raise DataError(
+                f'source "{skip.source}": {skip.file}, {skip.place}: {reason}; raise that, or set overlong '
+                'to "cut" or "skip"'
+            )
+        if at.epoch - self._given_epoch > self.reader.plan.lanes:
+            raise DataError(
+                f'source "{skip.source}": lane {self.lane} read as many records as the source holds, and all '
+                f"are too long; the last: {skip.file}, {skip.place}: {reason}"
+            )
+        if not head.part:
+            at.overlong += 1
+            self.skips.append(skip)
+        return False
+
     def _pass(self, head: Document) -> None:
         self._ahead.popleft()
+        self._passed.append(head)
         self.cursor.records += head.ends_record
         self.cursor.document = head.number + 1
         self.cursor.offset = self.cursor.cut = 0

@@ -38,6 +38,7 @@ class Parquet:
 
     def __init__(self, paths: Sequence[Path | str | SourceFile], field: str, access: Access = LOCAL) -> None:
         self._files_read, self._field = as_files(paths), field
+        self._columns: tuple[str, ...] = (field,)  # that are read
         self._paths = [file.path for file in self._files_read]
         self._access = access
         self._large: OrderedDict[tuple[int, int], tuple[BinaryIO, Any]] = OrderedDict()
@@ -98,6 +99,10 @@ class Parquet:
         """The size of a chunk of the column by its metadata."""
         return chunk.total_uncompressed_size
 
+    def text_of_table(self, table: Any) -> Any:
+        """The text of a row group's columns, an array."""
+        return self.as_read(table.column(self._field)).combine_chunks()
+
     def as_read(self, column: Any) -> Any:
         """The column in the type that `contents` takes."""
         return column.cast(arrow.large_binary())
@@ -116,7 +121,8 @@ class Parquet:
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
             columns = (group.column(c) for c in range(group.num_columns))
-            stored = (c for c in columns if f"{c.path_in_schema}.".startswith(f"{self._field}."))
+            names = tuple(f"{name}." for name in self._columns)
+            stored = (c for c in columns if f"{c.path_in_schema}.".startswith(names))
             size = sum(self.text_bytes(c) for c in stored)
             found.append((int(group.num_rows), int(size)))
         return found
@@ -128,9 +134,10 @@ class Parquet:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1][0].close()
             opened = _open_parquet(self._files_read[file], self._access)
-            if self._field not in opened.schema_arrow.names:
+            missing = next((name for name in self._columns if name not in opened.schema_arrow.names), None)
+            if missing is not None:
                 names = ", ".join(opened.schema_arrow.names)
-                raise DataError(f'{self._paths[file]}: no column "{self._field}"; found: {names}')
+                raise DataError(f'{self._paths[file]}: no column "{missing}"; found: {names}')
             rows = [opened.metadata.row_group(g).num_rows for g in range(opened.metadata.num_row_groups)]
             known = opened, np.cumsum([0, *rows])
         self._files[file] = known
@@ -151,8 +158,8 @@ class Parquet:
         """The text column of a row group as bytes. Raises Undecodable, and DataError on a failed read."""
         path = self._paths[file]
         try:
-            table = self._file(file)[0].read_row_group(group, columns=[self._field], use_threads=False)
-            return self.as_read(table.column(self._field)).combine_chunks()
+            table = self._file(file)[0].read_row_group(group, columns=list(self._columns), use_threads=False)
+            return self.text_of_table(table)
         except (arrow.ArrowException, OSError, KeyError) as error:
             raw = open_raw(path)
             found, expected = raw.size, self._files_read[file].size

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from flame.data.chat_tokens import ChatEncoder, Rendered
 from flame.data.config import BYTES
 from flame.data.encoders import Bytes, Encoder, Tiktoken, adversarial_texts, check_equal, make_encoder
 from flame.errors import DataError, RecipeError
@@ -40,14 +42,15 @@ TIKTOKEN = {
     "cl100k_base": (CL100K_PATTERN, 100257),
 }
 
-Part = tuple[str, bool, bool]  # text, begins a document, ends a document
+Part = tuple[str, bool, bool]  # text (a conversation is `Rendered`), begins a document, ends a document
 
 
 class PartsEncoder(Protocol):
     """What the data plane asks of a tokenizer."""
 
     def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        """The ids of (text, begins a document, ends a document): int32 [tokens] each."""
+        """The ids of (text, begins a document, ends a document): int32 [tokens] each; of a conversation, what
+        has no loss is the id's complement."""
         ...
 
 
@@ -66,10 +69,20 @@ class Tokenizer:
         eos_id: int,
         bos_id: int | None,
         special: Sequence[str] = (),
+        inner: tokenizers.Tokenizer | None = None,
     ) -> None:
-        """`decode`: ids to text, special tokens left out. `special`: how the special tokens are spelled."""
+        """`decode`: ids to text, special tokens left out. `special`: how the special tokens are spelled.
+        `inner`: what a tokenizer.json describes."""
+        self._inner = inner
         self.encoder, self._decode, self._file_hash = encoder, decode, file_hash
         self.vocab_size, self.eos_id, self.bos_id, self.special = vocab_size, eos_id, bos_id, special
+
+    @cached_property
+    def chats(self) -> ChatEncoder:
+        """Encodes conversations. Raises RecipeError where there is no tokenizer.json."""
+        if self._inner is None:
+            raise RecipeError(f"data.sources: chat needs a tokenizer with a {FILE_NAME}")
+        return ChatEncoder(self._inner, self.eos_id, self.bos_id, split_text)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each whole text's ids with EOS (and BOS): int32 [tokens]."""
@@ -79,6 +92,8 @@ class Tokenizer:
         """The ids of (text, begins a document, ends a document): int32 [tokens] each, views of one array."""
         if not parts:
             return []
+        if isinstance(parts[0][0], Rendered):  # a source holds conversations or none
+            return self.chats.encode([cast("Rendered", text) for text, _, _ in parts])
         ids, ends = self.encoder.encode([text for text, _, _ in parts])
         first = np.fromiter((begins for _, begins, _ in parts), dtype=bool, count=len(parts))
         last = np.fromiter((final for _, _, final in parts), dtype=bool, count=len(parts))
@@ -159,6 +174,7 @@ def _huggingface(path: Path, bos: bool, backend: str) -> Tokenizer:
         _special_id(inner, file, "eos", USUAL_EOS),
         _special_id(inner, file, "bos", USUAL_BOS) if bos else None,
         special,
+        inner,
     )
 
 
@@ -267,6 +283,8 @@ def _named_token(file: Path, key: str) -> str | None:
 
 def split_text(text: str) -> list[str]:
     """`text` in parts of at most 1 MiB of UTF-8, cut before the last white space, else between characters."""
+    if isinstance(text, Rendered):  # its encoder splits what stands between special tokens
+        return [text]
     if 4 * len(text) <= PART_BYTES or len(data := text.encode()) <= PART_BYTES:
         return [text]
     parts: list[str] = []

@@ -8,8 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from flame.batch import Row, Segment, Skip
-from flame.data.streams import COUNTED, CURSOR, Document, SourceReader
+from flame.batch import COUNTED, Row, Segment, Skip
+from flame.data.chat_tokens import plain_ids
+from flame.data.streams import CURSOR, Document, SourceReader
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
 ROW, HASH = LANE_COLUMNS.index("row"), LANE_COLUMNS.index("window_hash")
@@ -30,13 +31,14 @@ EPOCH, BEGUN = every("epoch"), every("begun")
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Rows of a lane, in order. Segments fill all of a row but the lane's last one: padding follows there."""
+    """Rows of a lane, in order. Padding follows on the segments of a row where they do not fill it."""
 
-    tokens: np.ndarray  # int32 [rows, L]
+    tokens: np.ndarray  # int32 [rows, L]; a token without loss is written as its complement
     documents: Sequence[tuple[SourceReader, Document]]
     segments: np.ndarray  # int64 [segments, 3]: document, offset and length
     bounds: Sequence[int]  # rows + 1: the first segment of each row, and the end
     sources: np.ndarray  # int64 [rows, sources, 3]: as in flame.batch.StepRows
+    masked: bool  # whether some token has no loss
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,7 +46,10 @@ class PackedRows:
     def row(self, number: int, index: int) -> Row:
         """One of the rows. `index`: in the global order."""
         lengths = self.segments[self.bounds[number] : self.bounds[number + 1], 2]
-        return Row(index, self.tokens[number], lengths, partial(self.named, number))
+        tokens, names = self.tokens[number], partial(self.named, number)
+        if not self.masked:
+            return Row(index, tokens, lengths, names)
+        return Row(index, plain_ids(tokens), lengths, names, tokens >= 0)
 
     def named(self, number: int) -> tuple[Segment, ...]:
         """The segments of a row by name."""
@@ -65,7 +70,7 @@ class Window:
     rows: PackedRows  # fewer where the lane ends
     start: Sequence[int]  # the lane's row of the data state when no row is used
     end: Sequence[int]  # and when all are
-    records: np.ndarray  # int64 [sources, 3]: as in flame.batch.StepRows
+    records: np.ndarray  # int64 [sources, 4]: as in flame.batch.StepRows
     skips: tuple[Skip, ...]
     hash: int  # int64, of all tokens
 

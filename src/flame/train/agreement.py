@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flame.batch import Counts, StepRows
+from flame.batch import COUNTED, Counts, StepRows
 
 NO_COUNTS = Counts(tokens=0, predicted=0, documents=0, cut=0, attended=0, digest=0)
 
@@ -23,7 +23,7 @@ class Agreed:
     """The exchange's outcome, the same on every rank."""
 
     counts: Counts  # of the next step, over all ranks
-    records: np.ndarray  # int64 [sources, 3]: records passed, skipped, held out that the next step adds
+    records: np.ndarray  # int64 [sources, 4]: of `StepRows`, that the next step adds
     sources: np.ndarray  # int64 [sources, 3]: tokens, documents, documents cut of the next step
     epoch: int  # the smallest over all lanes
     epochs: np.ndarray  # int64 [sources]: the smallest over all lanes
@@ -54,11 +54,11 @@ class Agreement:
     ) -> Proposal:
         """Begins the exchange for the next step. `rows` is None where this rank has none to train."""
         counts = rows.counts if rows is not None else NO_COUNTS
-        records = rows.records if rows is not None else np.zeros((self._sources, 3), np.int64)
+        records = rows.records if rows is not None else np.zeros((self._sources, len(COUNTED)), np.int64)
         ordered = [counts.tokens, counts.predicted, counts.documents, counts.cut, counts.attended]
         sources = rows.sources if rows is not None else np.zeros((self._sources, 3), np.int64)
         by_source = [*records.ravel().tolist(), *sources.ravel().tolist()]
-        sums = torch.tensor([*ordered, counts.digest, *by_source], dtype=torch.int64)
+        sums = torch.tensor([*ordered, counts.digest, counts.padding, *by_source], dtype=torch.int64)
         epochs = [rows.epoch, *rows.epochs.tolist()] if rows is not None else [2**31] * (1 + self._sources)
         earliest = [-epoch for epoch in epochs]
         maxima = torch.tensor([save, stop, (self._rank + 1) * failed, *earliest], dtype=torch.int64)
@@ -74,11 +74,11 @@ class Agreement:
             work.wait()
         sums: list[int] = proposal.sums.tolist()
         save, stop, failed, *earliest = proposal.maxima.tolist()
-        records_end = 6 + 3 * self._sources
-        tokens, predicted, documents, cut, attended, digest = sums[:6]
+        records_end = 7 + len(COUNTED) * self._sources
+        tokens, predicted, documents, cut, attended, digest, padding = sums[:7]
         return Agreed(
-            counts=Counts(tokens, predicted, documents, cut, attended, digest),
-            records=np.array(sums[6:records_end], np.int64).reshape(self._sources, 3),
+            counts=Counts(tokens, predicted, documents, cut, attended, digest, padding),
+            records=np.array(sums[7:records_end], np.int64).reshape(self._sources, len(COUNTED)),
             sources=np.array(sums[records_end:], np.int64).reshape(self._sources, 3),
             epoch=-earliest[0],
             epochs=-np.array(earliest[1:], np.int64),

@@ -46,11 +46,11 @@ class Progress:
     tokens: int = 0  # of real rows, unpredicted ones included
     documents: int = 0
     updates_skipped: int = 0
-    records: list[list[int]] = field(default_factory=list[list[int]])  # per source: passed, skipped, held out
+    records: list[list[int]] = field(default_factory=list[list[int]])  # per source, as in StepRows
     sources: list[list[int]] = field(default_factory=list[list[int]])  # tokens, documents, documents cut
 
     def with_records(self, agreed: Agreed) -> np.ndarray:
-        """Records passed, skipped and held out, [sources, 3], when the next step is trained too."""
+        """Records passed, skipped, held out and overlong, [sources, 4], when the next step is trained too."""
         return agreed.records + np.array(self.records or np.zeros_like(agreed.records), np.int64)
 
     def advance(self, agreed: Agreed) -> None:

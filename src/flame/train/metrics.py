@@ -62,13 +62,14 @@ class Meter:
 
     def _reset(self) -> None:
         self._began = time.perf_counter()
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._padding = 0
         self._operations = self._data_seconds = 0.0
 
     def count(self, agreed: Agreed, result: StepResult, wait_seconds: float) -> None:
         """Adds one step to the interval; does not wait for the device."""
         self._steps += 1
         self._tokens += agreed.counts.tokens
+        self._padding += agreed.counts.padding
         self._operations += self._flops(agreed.counts)
         self._data_seconds += wait_seconds
         self._skipped += ~result.grad_norm.isfinite()
@@ -97,8 +98,9 @@ class Meter:
             "step_seconds": round(seconds / self._steps, 5),
             "data_seconds": round(self._data_seconds / self._steps, 5),
             "memory_gib": self._memory_gib(),
+            "padding_share": round(self._padding / max(1, self._padding + self._tokens), 4),
             "documents": progress.documents,
-            "records_skipped": sum(skipped for _, skipped, _ in progress.records),
+            "records_skipped": sum(skipped for _, skipped, *_ in progress.records),
             "updates_skipped": skipped,
             "documents_cut": sum(cut for *_, cut in progress.sources),
             "rows_digest": f"{agreed.counts.digest % 2**64:016x}",
@@ -120,9 +122,10 @@ class Meter:
                 "epoch": epoch,
                 "skipped": skipped,
                 "held_out": held_out,
+                "overlong": overlong,
                 "cut": cut,
             }
-            for name, epoch, (tokens, documents, cut), (_, skipped, held_out) in zip(
+            for name, epoch, (tokens, documents, cut), (_, skipped, held_out, overlong) in zip(
                 self._sources, epochs, progress.sources, progress.records, strict=True
             )
         }
