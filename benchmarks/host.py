@@ -21,7 +21,7 @@ from torch import nn
 from flame.environment import processor_name
 from flame.parallel.config import ParallelConfig
 from flame.parallel.fsdp import shard
-from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.parallel.mesh import build_meshes, resolve_layout
 from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
 from flame.train.optimizer import build_optimizer
@@ -48,7 +48,7 @@ def main() -> None:
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(options.parameters)))
     if way != "whole":
-        shard(model, [], data_mesh(resolve_layout(ParallelConfig(), 1), "cpu"), torch.float32)
+        shard(model, [], build_meshes(resolve_layout(ParallelConfig(), 1), "cpu").data, torch.float32)
     shards = WholeModel(model, torch.float32) if way == "whole" else Shards(model)
     optimizer = build_optimizer(shards, OptimizerConfig(), set(), fused=True)
     if way == "dtensors":

@@ -7,7 +7,7 @@ import socket
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,8 @@ from flame.models.kernels import Tuner
 from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
-from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
+from flame.parallel.support import check_layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
@@ -118,7 +119,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
             print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
         return Exit.DONE
 
-    rows = micro_batch_rows(recipe, data.plan, world, saved)
+    rows = micro_batch_rows(recipe, data.plan, guest.layout, world.device, saved)
     begin(recipe, world, guest, saved)
     if tuner is not None:
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
@@ -126,7 +127,8 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
         screen = Screen(total, saved.progress.step)
-    with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
+    data_rank, data_ranks = guest.place.data, guest.layout.data_ranks
+    with Loader(data.catalog, data.plan, data_rank, data_ranks, rows, saved.data) as loader:
         try:
             return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
         finally:
@@ -175,16 +177,18 @@ def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Da
     return world.from_rank_zero(look)
 
 
-def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved) -> list[int]:
-    """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the number
-    of ranks is the same."""
+def micro_batch_rows(
+    recipe: Recipe, plan: DataPlan, layout: Layout, device: torch.device, saved: Saved
+) -> list[int]:
+    """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the layout
+    is the same."""
     if (
-        saved.ranks == world.size
+        saved.layout == layout
         and saved.micro_batch_rows is not None
         and recipe.batch.micro_batch_rows is None
     ):
         return saved.micro_batch_rows
-    return fresh_micro_batch_rows(recipe, plan, world.size, world.device)
+    return fresh_micro_batch_rows(recipe, plan, layout.data_ranks, device)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -201,6 +205,8 @@ class Guest:
     shards: Shards
     optimizer: torch.optim.Optimizer
     compute: torch.dtype
+    layout: Layout
+    place: Place  # this rank's
 
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
@@ -212,26 +218,28 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
             f"{origin}: vocab_size is {config.vocab_size}, but the tokenizer "
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
+    layout = resolve_layout(recipe.parallel, world.size)
+    check_layout(family, config, layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
     model = build_model(origin, config)
     with_loss = LossModule(model, family.hidden, family.head(model))
-    layout = resolve_layout(recipe.parallel, world.size)
-    mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
+    meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
     on_gpu = world.device.type == "cuda"
     apply_parallelism(
         with_loss,
         [block for _, block in family.blocks(model)],
-        mesh,
+        meshes,
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)
-    shards = Shards(model) if mesh is not None else WholeModel(model, compute)
+    shards = Shards(model) if meshes is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute)
+    place = layout.place(world.rank)
+    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
 
 
 def build_model(path: str, config: Any) -> nn.Module:
@@ -255,13 +263,13 @@ class Saved:
     progress: Progress = field(default_factory=Progress)
     data: DataState | None = None
     micro_batch_rows: list[int] | None = None  # for each stage of the data
-    ranks: int | None = None
+    layout: Layout | None = None
 
 
 def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, step: int) -> Saved:
     """Loads a checkpoint. Raises FlameError where it belongs to another model."""
     train_record = read_record(recipe.directory, step, "train.json")
-    extra = {key: train_record.pop(key) for key in ("micro_batch_rows", "ranks", "model")}
+    extra = {key: train_record.pop(key, None) for key in ("micro_batch_rows", "ranks", "layout", "model")}
     for name, old, new in differing(extra["model"], model_record(guest.config)):
         raise ModelError(
             f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
@@ -269,7 +277,8 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, ste
         )
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
-    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])
+    layout = Layout(**extra["layout"]) if extra["layout"] else None  # older runs wrote down their ranks alone
+    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], layout)
 
 
 def model_record(config: Any) -> dict[str, Any]:
@@ -341,7 +350,7 @@ def make_job(
         optimizer=guest.optimizer,
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
         rows=loader,
-        agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
+        agreement=Agreement(world.control, world.rank, len(recipe.data.sources), speaks=guest.place.speaks),
         checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
         meter=Meter(
             flops=flops,
@@ -351,16 +360,18 @@ def make_job(
             sources=[source.name for source in data.catalog.sources],
             journal=journal,
             screen=screen,
+            counts_loss=guest.place.tensor == 0,
         ),
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
+        place=guest.place,
         progress=saved.progress,
         should_stop=stop,
         check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),
         data_record=lambda step, lanes: DataState(step, lanes, columns, data.fingerprint).to_json(),
         extra_record={
             "micro_batch_rows": rows,
-            "ranks": world.size,
+            "layout": asdict(guest.layout),
             "model": model_record(guest.config),
         },
     )

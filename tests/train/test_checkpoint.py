@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from flame.parallel.config import ParallelConfig
-from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.parallel.mesh import build_meshes, resolve_layout
 from flame.parallel.world import World, join_world
 from flame.train import checkpoint
 from flame.train.checkpoint import (
@@ -52,7 +52,7 @@ def trained_model(world: World, seed: int) -> Trained:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 1), nn.BatchNorm1d(1))  # a buffer, too
     gradients = [torch.randn_like(p) for p in model.parameters()]
-    fully_shard(model, mesh=data_mesh(resolve_layout(ParallelConfig(), world.size), "cpu"))
+    fully_shard(model, mesh=build_meshes(resolve_layout(ParallelConfig(), world.size), "cpu").data)
     shards = Shards(model)
     for piece, gradient in zip(shards.pieces, gradients, strict=True):
         held: Any = piece.parameter

@@ -13,7 +13,7 @@ from torch import nn
 from flame.batch import IGNORED, Batch
 from flame.parallel.config import ParallelConfig
 from flame.parallel.fsdp import shard
-from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.parallel.mesh import build_meshes, resolve_layout
 from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
 from flame.train.loss import LossModule
@@ -79,7 +79,7 @@ def sharded_step(replicate: int, clip_norm: float) -> int:
     model = guest()
     module = LossModule(model, hidden, model.head)
     layout = resolve_layout(ParallelConfig(replicate, -1), world.size)
-    shard(module, [model.block], data_mesh(layout, "cpu"), torch.float32)
+    shard(module, [model.block], build_meshes(layout, "cpu").data, torch.float32)
     shards = Shards(model)
     optimizer = build_optimizer(shards, OptimizerConfig(), {"block.bias"}, fused=False)
     result = train_step(
@@ -112,7 +112,7 @@ def poisoned_step() -> int:
     world = join_world()
     model = guest()
     module = LossModule(model, hidden, model.head)
-    shard(module, [model.block], data_mesh(resolve_layout(ParallelConfig(), 2), "cpu"), torch.float32)
+    shard(module, [model.block], build_meshes(resolve_layout(ParallelConfig(), 2), "cpu").data, torch.float32)
     shards = Shards(model)
     optimizer = build_optimizer(shards, OptimizerConfig(), set(), fused=False)
     set_learning_rate(optimizer, 0.1)

@@ -32,7 +32,13 @@ class Support:
 
 
 # for a terminal
-SHORT = {"packed_rows_proven": "packed", "decodes_with_a_cache": "cache"}
+SHORT = {
+    "packed_rows_proven": "packed",
+    "decodes_with_a_cache": "cache",
+    "tensor_parallel": "tensor",
+    "pipeline_parallel": "pipeline",
+    "context_parallel": "context",
+}
 
 
 def support(family: Family) -> Support:
@@ -43,9 +49,9 @@ def support(family: Family) -> Support:
         trains="yes",
         packed_rows_proven="yes",
         sharded="yes",
-        tensor_parallel="no",
-        pipeline_parallel="no",
-        context_parallel="no",
+        tensor_parallel="yes" if family.tensor else "no",
+        pipeline_parallel="yes" if family.pipeline else "no",
+        context_parallel="yes" if family.context else "no",
         compile="yes" if family.compiles else "not tried",
         export="yes",
         decodes_with_a_cache="yes" if family.cached else "no",
@@ -64,19 +70,15 @@ def models(json: bool, markdown: bool) -> Exit:
         print(table(rows))
     else:
         print(columns(rows))
-        print(f"\nparallel: {', '.join(REFUSED_PARALLEL)} parallel: no family yet")
         print("\nrefused:")
         for name, reason in refused().items():
             print(f"  {name}: {reason}")
     return Exit.DONE
 
 
-REFUSED_PARALLEL = ("tensor", "pipeline", "context")
-
-
 def columns(rows: list[Support]) -> str:
-    """The matrix for a terminal, without what no family has."""
-    kept = [n for n in asdict(rows[0]) if n.removesuffix("_parallel") not in REFUSED_PARALLEL]
+    """The matrix for a terminal."""
+    kept = list(asdict(rows[0]))
     lines = [[SHORT.get(name, name) for name in kept]]
     lines += [[asdict(row)[name] for name in kept] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -11,24 +11,24 @@ from torch import nn
 from flame.parallel.fsdp import shard
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from flame.parallel.mesh import Meshes
 
 
 def apply_parallelism(
     root: nn.Module,
     blocks: Iterable[nn.Module],
-    mesh: DeviceMesh | None,
+    meshes: Meshes | None,
     *,
     compute: torch.dtype,
     compile_blocks: bool,
 ) -> None:
-    """Changes `root` in place; parameter names stay as they are. `mesh`: None where there is one rank."""
+    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank."""
     blocks = list(blocks)
     if compile_blocks:
         for block in blocks:
             compile_block(block)
-    if mesh is not None:
-        shard(root, blocks, mesh, compute)
+    if meshes is not None:
+        shard(root, blocks, meshes.data, compute)
 
 
 def compile_block(block: nn.Module) -> None:

@@ -13,6 +13,13 @@ class ParallelConfig:
     shard: int = setting(
         -1, help="ranks that share one copy's parameters (FSDP); -1: all that are left", identity=False
     )
+    context: int = setting(
+        1, help="ranks that share each row: context parallel over the sequence", identity=False
+    )
+    tensor: int = setting(
+        1, help="ranks that share each block's matrices: tensor and sequence parallel", identity=False
+    )
+    pipeline: int = setting(1, help="stages of blocks, on a rank each: pipeline parallel", identity=False)
 
 
 @dataclass

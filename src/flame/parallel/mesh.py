@@ -1,9 +1,10 @@
-"""How many ranks there are, and the mesh they make: which sizes are possible."""
+"""How many ranks there are, and the mesh they make: which sizes are possible, and this rank's place."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from flame.errors import RecipeError
@@ -15,32 +16,75 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the mesh `dp_replicate x dp_shard`, filled in and known to fit the world."""
+    """Sizes of the mesh `pipeline x replicate x shard x context x tensor`, the last varying fastest over the
+    ranks; filled in and known to fit the world."""
 
-    replicate: int
-    shard: int
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.data_ranks * self.context * self.tensor * self.pipeline
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read rows of their own."""
+        """Groups of ranks that read rows of their own."""
         return self.replicate * self.shard
+
+    def place(self, rank: int) -> Place:
+        """Where a rank stands."""
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data_ranks)
+        return Place(data, context, tensor, pipeline)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's coordinates in the mesh. Ranks of the same `data` read the same rows."""
+
+    data: int = 0
+    context: int = 0
+    tensor: int = 0
+    pipeline: int = 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank counts the rows of its data rank for all of them."""
+        return self.context == self.tensor == self.pipeline == 0
+
+    @property
+    def seed(self) -> tuple[int, ...]:
+        """What tells this rank's random numbers from those of others on the same rows: the same over tensor
+        ranks, and nothing where rows are not shared."""
+        return (self.pipeline, self.context) if self.pipeline or self.context else ()
 
 
 def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     """The layout on `world_size` ranks; refused with the sizes that would work."""
-    replicate, shard = config.replicate, config.shard
-    if replicate < 1 or world_size % replicate:
+    sizes = {name: getattr(config, name) for name in Layout.__slots__}
+    for name, size in sizes.items():
+        if size < 1 and (name, size) != ("shard", -1):
+            allowed = "at least 1, or -1 for all ranks that are left" if name == "shard" else "at least 1"
+            raise RecipeError(f"parallel.{name}: found {size}, expected {allowed}")
+    shard = sizes.pop("shard")
+    others = prod(sizes.values())
+    named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "replicate 1"
+    left, remainder = divmod(world_size, others)
+    if remainder or not left:
         raise RecipeError(
-            f"parallel.replicate: {replicate} does not divide the {world_size} ranks; "
-            f"sizes that do: {_divisors(world_size)}"
+            f"parallel: {named} does not divide the {world_size} ranks; products that do: "
+            f"{_divisors(world_size)}; or start with --nproc {others}"
         )
-    left = world_size // replicate
     if shard not in (-1, left):
         raise RecipeError(
-            f"parallel: replicate {replicate} x shard {shard} is {replicate * shard} ranks, but there are "
-            f"{world_size}; shard = {left} (or -1) fits, or start with --nproc {max(replicate * shard, 1)}"
+            f"parallel: {named} x shard {shard} is {others * shard} ranks, but there are "
+            f"{world_size}; shard = {left} (or -1) fits, or start with --nproc {others * shard}"
         )
-    return Layout(replicate, left)
+    return Layout(shard=left, **sizes)
 
 
 def _divisors(number: int) -> str:
@@ -56,14 +100,30 @@ def ranks_around() -> int | None:
     return None
 
 
-def data_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The mesh that FSDP2 shards (and replicates) over: 1-D, or 2-D with replicas. Needs a process group."""
+@dataclass(frozen=True, slots=True)
+class Meshes:
+    """The device meshes of a layout, on the default process group. Sizes of 1 have none but `data`'s."""
+
+    data: DeviceMesh  # FSDP2 shards over it, context ranks included; 2-D where there are replicas
+    context: DeviceMesh | None
+    tensor: DeviceMesh | None
+    pipeline: DeviceMesh | None
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """The meshes of this rank. Needs a process group of `layout.ranks` ranks."""
     from flame.titan import build_dims  # torch and torchtitan: not for `flame --help`
 
     dims = build_dims(
         device_type,
         dp_replicate=layout.replicate,
         dp_shard=layout.shard,
-        world_size=layout.replicate * layout.shard,
+        cp=layout.context,
+        tp=layout.tensor,
+        pp=layout.pipeline,
+        world_size=layout.ranks,
     )
-    return dims.get_mesh(["dp_replicate", "fsdp"] if layout.replicate > 1 else "fsdp")
+    data = dims.get_mesh(["dp_replicate", "fsdp"] if layout.replicate > 1 else "fsdp")
+    return Meshes(
+        data, dims.get_optional_mesh("cp"), dims.get_optional_mesh("tp"), dims.get_optional_mesh("pp")
+    )

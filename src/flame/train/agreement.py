@@ -44,15 +44,19 @@ class Proposal:
 class Agreement:
     """`propose`, then later `settle`: between the two the rank may do other work."""
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, sources: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, rank: int, sources: int, *, speaks: bool = True) -> None:
+        """`speaks`: whether this rank counts its rows; of ranks that read the same rows one does."""
         self._group = group
         self._rank = rank
         self._sources = sources
+        self._speaks = speaks
 
     def propose(
         self, rows: StepRows | None, *, save: bool = False, stop: bool = False, failed: bool = False
     ) -> Proposal:
         """Begins the exchange for the next step. `rows` is None where this rank has none to train."""
+        if not self._speaks:
+            rows = None
         counts = rows.counts if rows is not None else NO_COUNTS
         records = rows.records if rows is not None else np.zeros((self._sources, len(COUNTED)), np.int64)
         ordered = [counts.tokens, counts.predicted, counts.documents, counts.cut, counts.attended]
@@ -89,7 +93,7 @@ class Agreement:
 
     def sum_state(self, state: np.ndarray) -> np.ndarray:
         """The data state [N, F] of all lanes, from each rank's own. All ranks call this."""
-        whole = torch.from_numpy(state.copy())
+        whole = torch.from_numpy(state.copy() if self._speaks else np.zeros_like(state))
         dist.all_reduce(whole, group=self._group)
         return whole.numpy()
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from flame.batch import StepRows
 from flame.errors import CheckpointError, DataError, Exit
+from flame.parallel.mesh import Place
 from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
@@ -85,6 +86,7 @@ class Job:
     meter: Meter
     skip_log: SkipLog
     rank: int
+    place: Place
     progress: Progress
 
     should_stop: Callable[[], bool]
@@ -134,7 +136,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
             [batch.to(job.device) for batch in trained.micro_batches],
             predicted=agreed.counts.predicted,
             clip_norm=job.clip_norm,
-            seed=(job.seed, step),
+            seed=(job.seed, step, *job.place.seed),
         )
         job.progress.advance(agreed)
         job.meter.count(agreed, result, trained.wait_seconds)
@@ -247,7 +249,8 @@ def data_problem(job: Job, coming: Coming, agreed: Agreed) -> DataError | None:
 
 def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
     """Each rank names the records that its own lanes skipped; rank 0 counts them in an event."""
-    job.skip_log.write(trained.skips)
+    if job.place.speaks:
+        job.skip_log.write(trained.skips)
     skipped = int(agreed.records[:, 1].sum())
     if job.rank == 0 and skipped:
         event(job.run, "record_skipped", step=job.progress.step, records=skipped)

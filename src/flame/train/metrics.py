@@ -43,14 +43,16 @@ class Meter:
         sources: list[str],
         journal: Journal | None,
         screen: Screen | None,
+        counts_loss: bool = True,
     ) -> None:
         """`flops`: floating-point operations of a step, over all ranks. `peak_flops`: per second, of
         all devices together; None where unknown. `sources`: their names. `journal` and `screen`: on rank
-        0 alone."""
+        0 alone. `counts_loss`: of ranks that hold the same loss one adds it."""
         self._flops = flops
         self._peak = peak_flops
         self._device = device
         self._sources = sources
+        self._counts_loss = counts_loss
         self._journal = journal
         self._screen = screen
         self._skipped = torch.tensor(updates_skipped, dtype=torch.int64, device=device)
@@ -80,7 +82,7 @@ class Meter:
 
     def log(self, progress: Advanced, agreed: Agreed, result: StepResult, learning_rate: float) -> None:
         """Ends the interval: waits for the step and writes its record. All ranks call it."""
-        loss_sum = result.loss_sum.clone()
+        loss_sum = result.loss_sum * self._counts_loss
         dist.all_reduce(loss_sum)
         loss = loss_sum.item() / max(1, agreed.counts.predicted)
         grad_norm = result.grad_norm.item()

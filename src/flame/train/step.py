@@ -17,7 +17,7 @@ from flame.train.shards import Shards, clip
 class StepResult:
     """What a step leaves on the device; reading it waits for the step to finish."""
 
-    loss_sum: torch.Tensor  # float64 scalar: cross-entropy over this rank's predicted tokens
+    loss_sum: torch.Tensor  # float64 scalar: this rank's part of the cross-entropy over predicted tokens
     grad_norm: torch.Tensor  # float32 scalar: of the whole model's gradient, before clipping
 
 
@@ -29,11 +29,12 @@ def train_step(
     *,
     predicted: int,
     clip_norm: float,
-    seed: tuple[int, int],
+    seed: tuple[int, ...],
 ) -> StepResult:
     """Trains one step in place. `shards` are the model's, and the optimizer's parameters.
 
-    `predicted` counts the step's predicted tokens over all ranks; `seed` is (run seed, step). A gradient
+    `predicted` counts the step's predicted tokens over all ranks; `seed` is (run seed, step), and where
+    ranks share a row (run seed, step, pipeline stage, context rank). A gradient
     that is not finite leaves the parameters untouched.
     """
     batches = list(micro_batches)
@@ -59,9 +60,9 @@ def train_step(
     return StepResult(torch.stack(losses).double().sum(), norm)
 
 
-def seed_generators(seed: int, step: int, first_row: int) -> None:
+def seed_generators(*numbers: int) -> None:
     """Seeds torch's generators for one micro-batch, so that there is no random state to save."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{first_row}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
