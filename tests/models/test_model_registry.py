@@ -86,6 +86,14 @@ def test_norms_and_biases_do_not_decay_and_matrices_do(name):
     assert any("embed" in key or "wte" in key for key in names - still)
 
 
+def test_an_infinite_number_is_read_as_transformers_writes_it(tmp_path):
+    config = SMALL["mamba2"]
+    assert config.dt_limit == (0.0, float("inf"))
+    for use_diff in (True, False):
+        (tmp_path / "config.json").write_text(config.to_json_string(use_diff=use_diff))
+        assert tuple(load_config(str(tmp_path)).dt_limit) == config.dt_limit
+
+
 def test_a_directory_and_a_file_give_the_same_config(tmp_path):
     text = json.dumps({"model_type": "gla", "hidden_size": 64})
     (tmp_path / "config.json").write_text(text)
