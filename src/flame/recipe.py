@@ -12,7 +12,7 @@ from flame.data.plan import DataPlan
 from flame.data.raw import is_url
 from flame.errors import RecipeError
 from flame.models.config import ModelConfig
-from flame.parallel.config import ParallelConfig, PrecisionConfig
+from flame.parallel.config import MemoryConfig, ParallelConfig, PrecisionConfig
 from flame.parallel.mesh import resolve_layout
 from flame.schema import Duration, section
 from flame.train.config import (
@@ -39,6 +39,7 @@ class Recipe:
     schedule: ScheduleConfig = section(ScheduleConfig)
     parallel: ParallelConfig = section(ParallelConfig)
     precision: PrecisionConfig = section(PrecisionConfig)
+    memory: MemoryConfig = section(MemoryConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
     logging: LoggingConfig = section(LoggingConfig)
@@ -87,6 +88,7 @@ def check(recipe: Recipe, origin: str) -> None:
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
         ("logging.every", recipe.logging.every.amount),
+        ("memory.recompute_every", recipe.memory.recompute_every),
     ]:
         if value is not None and value < 1:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")

@@ -233,6 +233,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         meshes,
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
+        memory=recipe.memory,
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)

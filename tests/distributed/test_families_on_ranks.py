@@ -38,3 +38,14 @@ def test_a_family_trains_the_same_sharded_over_two_ranks(name, write_recipe, tmp
         assert alone["rows_digest"] == sharded["rows_digest"]
         assert sharded["loss"] == pytest.approx(alone["loss"], abs=2e-5)
         assert sharded["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-4)
+
+
+def test_blocks_computed_again_train_the_same_sharded_over_two_ranks(write_recipe, tmp_path: Path):
+    for how in ("none", "full"):
+        once = {"steps = 30": "steps = 3", "[checkpoint]": f'[memory]\nrecompute = "{how}"\n[checkpoint]'}
+        recipe = write_recipe(how, "gla", replaced=once)
+        assert train_on(2, recipe).codes() == [0, 0]
+    plain, again = (
+        [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / how)] for how in ("none", "full")
+    )
+    assert plain == again

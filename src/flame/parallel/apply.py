@@ -1,4 +1,4 @@
-"""The parallelisms, applied to a model built on meta, in their one order: compile, then shard."""
+"""The parallelisms, applied to a model built on meta, in their one order: recompute, compile, shard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flame.parallel.config import MemoryConfig
 from flame.parallel.fsdp import shard
+from flame.parallel.recompute import recompute_block
 
 if TYPE_CHECKING:
     from flame.parallel.mesh import Meshes
@@ -21,9 +23,13 @@ def apply_parallelism(
     *,
     compute: torch.dtype,
     compile_blocks: bool,
+    memory: MemoryConfig,
 ) -> None:
     """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank."""
     blocks = list(blocks)
+    if memory.recompute != "none":
+        for block in blocks[:: memory.recompute_every]:
+            recompute_block(block, memory.recompute)
     if compile_blocks:
         for block in blocks:
             compile_block(block)

@@ -23,6 +23,20 @@ class ParallelConfig:
 
 
 @dataclass
+class MemoryConfig:
+    recompute: str = setting(
+        "none",
+        help="activation checkpointing: what blocks compute again in the backward pass; full keeps their "
+        "inputs alone, offload keeps those in host memory, selective keeps matrix products and attention too",
+        identity=False,
+        choices=("none", "selective", "full", "offload"),
+    )
+    recompute_every: int = setting(
+        1, help="1: in every block; n: in every n-th, for less time and more memory", identity=False
+    )
+
+
+@dataclass
 class PrecisionConfig:
     compute: str | None = setting(
         None,

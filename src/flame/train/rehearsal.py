@@ -16,6 +16,7 @@ from flame.batch import IGNORED, Batch
 from flame.models.build import build_on_meta
 from flame.models.family import Family
 from flame.parallel.apply import apply_parallelism
+from flame.parallel.config import MemoryConfig
 from flame.train.loss import LossModule
 from flame.train.shards import WholeModel
 
@@ -44,7 +45,9 @@ def small_model(
     model = thin(build_on_meta(config), family)
     with_loss = LossModule(model, family.hidden, family.head(model))
     blocks = [block for _, block in family.blocks(model)]
-    apply_parallelism(with_loss, blocks, None, compute=compute, compile_blocks=compile_blocks)
+    apply_parallelism(
+        with_loss, blocks, None, compute=compute, compile_blocks=compile_blocks, memory=MemoryConfig()
+    )
     model.to_empty(device=device)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
