@@ -42,7 +42,7 @@ def test_a_family_trains_the_same_sharded_over_two_ranks(name, write_recipe, tmp
 
 def test_blocks_computed_again_train_the_same_sharded_over_two_ranks(write_recipe, tmp_path: Path):
     for how in ("none", "full"):
-        once = {"steps = 30": "steps = 3", "[checkpoint]": f'[memory]\nrecompute = "{how}"\n[checkpoint]'}
+        once = {"steps = 30": "steps = 6", "[checkpoint]": f'[memory]\nrecompute = "{how}"\n[checkpoint]'}
         recipe = write_recipe(how, "gla", replaced=once)
         assert train_on(2, recipe).codes() == [0, 0]
     plain, again = (
