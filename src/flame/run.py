@@ -47,7 +47,7 @@ from flame.train.checkpoint import (
     step_directory,
 )
 from flame.train.groups import FILE as GROUPS_FILE
-from flame.train.groups import records, table
+from flame.train.groups import group_parameters
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
 from flame.train.loss import LossModule
@@ -218,6 +218,13 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
     model = build_model(origin, config)
+    groups = group_parameters(
+        recipe.optimizer,
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        undecayed=family.no_weight_decay(model),
+        matrices=family.matrices(model),
+        embeddings=family.embeddings(model),
+    )
     with_loss = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
     layout = resolve_layout(recipe.parallel, world.size)
     mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
@@ -232,14 +239,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)
     shards = Shards(model) if mesh is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(
-        shards,
-        recipe.optimizer,
-        family.no_weight_decay(model),
-        fused=on_gpu,
-        matrices=family.matrices(model),
-        embeddings=family.embeddings(model),
-    )
+    optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
     return Guest(config, family, model, with_loss, shards, optimizer, compute)
 
 
@@ -314,17 +314,10 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
         f"{parameters:,} parameters, {world.size} rank(s) on {described['device']}",
         flush=True,
     )
-    write_groups(recipe, guest)
-
-
-def write_groups(recipe: Recipe, guest: Guest) -> None:
-    """What each parameter's optimizer, rate and decay are: a file, and a table where a recipe has groups."""
     groups = guest.optimizer.groups
-    shapes = {piece.name: tuple(piece.parameter.shape) for piece in guest.shards.pieces}
-    listed = orjson.dumps(records(groups, shapes), option=orjson.OPT_INDENT_2)
-    replace_file(recipe.directory / GROUPS_FILE, listed)
+    replace_file(run / GROUPS_FILE, orjson.dumps(groups.records(), option=orjson.OPT_INDENT_2))
     if recipe.optimizer.groups or recipe.optimizer.name == "muon":
-        print(table(groups, shapes), flush=True)
+        print(groups.table(), flush=True)
 
 
 def make_job(

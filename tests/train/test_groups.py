@@ -12,7 +12,7 @@ from flame.errors import RecipeError
 from flame.recipe import Recipe, read_recipe
 from flame.schema import identity_differences
 from flame.train.config import GroupConfig, OptimizerConfig
-from flame.train.groups import Group, group_parameters, records, table
+from flame.train.groups import Group, ParameterGroups, group_parameters
 
 BLOCK = {"attn.q_proj.weight": (8, 8), "attn.conv.weight": (8, 1, 4), "norm.weight": (8,)}
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -34,6 +34,10 @@ EMBEDDINGS = {"model.embeddings.weight"}
 
 
 def grouped(config: OptimizerConfig) -> dict[str, Group]:
+    return of_model(config).of
+
+
+def of_model(config: OptimizerConfig) -> ParameterGroups:
     return group_parameters(config, SHAPES, undecayed=VECTORS, matrices=MATRICES, embeddings=EMBEDDINGS)
 
 
@@ -111,9 +115,9 @@ def test_every_parameter_is_in_the_group_of_its_first_pattern_or_kind(patterns: 
     found = grouped(config)
     assert found.keys() == SHAPES.keys()
     assert all(group.rule == first[n] for n, group in found.items() if first[n])
-    listed = records(found, SHAPES)
+    listed = of_model(config).records()
     assert sorted(n for record in listed for n in record["parameters"]) == sorted(SHAPES)
-    assert len(table(found, SHAPES).splitlines()) == 1 + len(listed)
+    assert len(of_model(config).table().splitlines()) == 1 + len(listed)
 
 
 @pytest.mark.parametrize(

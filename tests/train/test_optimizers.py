@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed.ranks import Ranks
 from torch import nn
-from train.test_step import Tiny, guest, hidden, predicted, rows
+from train.test_step import Tiny, guest, hidden, predicted, rows, shapes_of
 
 from flame.batch import Batch
 from flame.parallel.config import ParallelConfig
@@ -17,6 +17,7 @@ from flame.parallel.fsdp import shard
 from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import join_world
 from flame.train.config import GroupConfig, OptimizerConfig
+from flame.train.groups import group_parameters
 from flame.train.loss import LossModule
 from flame.train.optimizer import Optimizers, build_optimizer, set_learning_rate
 from flame.train.shards import Shards, WholeModel
@@ -38,14 +39,14 @@ CONFIGS = {
 
 
 def optimizer_of(shards: Shards, config: OptimizerConfig, *, fused: bool = False) -> Optimizers:
-    return build_optimizer(
-        shards,
+    groups = group_parameters(
         config,
-        {"block.bias"},
-        fused=fused,
+        shapes_of(shards),
+        undecayed={"block.bias"},
         matrices={"block.weight"},
         embeddings={"embedding.weight"},
     )
+    return build_optimizer(shards, config, groups, fused=fused)
 
 
 def state_of(shards: Shards, optimizer: Optimizers) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,44 @@ class Group:
     optimizer: str  # adamw, muon or sgd
     learning_rate: float  # the peak
     weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroups:
+    """The group of each parameter of a model, by full name, and its whole shape."""
+
+    of: dict[str, Group]
+    shapes: dict[str, tuple[int, ...]]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Each group with its parameters, as RUN/parameter_groups.json has them."""
+        return [
+            {
+                "rule": group.rule,
+                "optimizer": group.optimizer,
+                "learning_rate": group.learning_rate,
+                "weight_decay": group.weight_decay,
+                "parameters": {name: self.shapes[name] for name in names},
+            }
+            for group, names in self._members().items()
+        ]
+
+    def table(self) -> str:
+        """The groups as lines for a terminal."""
+        rows = [("parameters", "optimizer", "peak rate", "decay", "tensors", "values", "such as")]
+        for group, names in self._members().items():
+            values = sum(math.prod(self.shapes[name]) for name in names)
+            rate, decay = f"{group.learning_rate:g}", f"{group.weight_decay:g}"
+            counts = f"{len(names):,}", f"{values:,}"
+            rows.append((group.rule, group.optimizer, rate, decay, *counts, names[0]))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(_aligned(row, widths) for row in rows)
+
+    def _members(self) -> dict[Group, list[str]]:
+        members: dict[Group, list[str]] = {}
+        for name, group in self.of.items():
+            members.setdefault(group, []).append(name)
+        return members
 
 
 def check_optimizer(config: OptimizerConfig, origin: str) -> None:
@@ -56,10 +95,10 @@ def group_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     undecayed: Collection[str],
-    matrices: Collection[str],
-    embeddings: Collection[str],
-) -> dict[str, Group]:
-    """The group of each parameter of `shapes` (full name to whole shape).
+    matrices: Collection[str] = (),
+    embeddings: Collection[str] = (),
+) -> ParameterGroups:
+    """The group of each parameter of a model, whose `shapes` are whole, by full name.
 
     `undecayed`: names without weight decay. `matrices`: those that Muon is for. `embeddings`: of token
     and other embeddings. Raises RecipeError for a pattern that matches nothing, naming parameters near
@@ -85,7 +124,7 @@ def group_parameters(
                 f"optimizer.groups: {group.rule}: muon is for matrices, but {name} has shape {shapes[name]}; "
                 "narrow the pattern, or give what is no matrix to adamw in a group before it"
             )
-    return groups
+    return ParameterGroups(groups, dict(shapes))
 
 
 def _by_kind(config: OptimizerConfig, name: str, exempt: Collection[str], matrices: Collection[str]) -> Group:
@@ -125,35 +164,6 @@ def _no_match(place: str, pattern: str, names: Collection[str], taken: Collectio
     return f"{place}: no parameter matches {pattern!r}; near it: {', '.join(kinds[name] for name in near)}"
 
 
-# ---------------------------------------------------------------------------------- shown
-
-
-def records(groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Each group with its parameters, as RUN/parameter_groups.json has them."""
-    return [
-        {
-            "rule": group.rule,
-            "optimizer": group.optimizer,
-            "learning_rate": group.learning_rate,
-            "weight_decay": group.weight_decay,
-            "parameters": {name: shapes[name] for name in groups if groups[name] == group},
-        }
-        for group in dict.fromkeys(groups.values())
-    ]
-
-
-def table(groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The groups as lines for a terminal."""
-    rows = [("parameters", "optimizer", "peak rate", "decay", "tensors", "values", "such as")]
-    for group in dict.fromkeys(groups.values()):
-        names = [name for name in groups if groups[name] == group]
-        values = sum(_size(shapes[name]) for name in names)
-        rate, decay = f"{group.learning_rate:g}", f"{group.weight_decay:g}"
-        rows.append((group.rule, group.optimizer, rate, decay, f"{len(names):,}", f"{values:,}", names[0]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(_aligned(row, widths) for row in rows)
-
-
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     numbers = range(2, 6)
     cells = [
@@ -161,10 +171,3 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

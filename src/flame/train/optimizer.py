@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from flame.train.config import OptimizerConfig
-from flame.train.groups import Group, group_parameters
+from flame.train.groups import Group, ParameterGroups
 from flame.train.muon import Muon
 from flame.train.shards import Piece, Shards
 
@@ -26,9 +25,9 @@ class Optimizers(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parts: list[torch.optim.Optimizer], groups: dict[str, Group], *, ema: float | None = None
+        self, parts: list[torch.optim.Optimizer], groups: ParameterGroups, *, ema: float | None = None
     ) -> None:
-        """`groups`: of each parameter by name, as they are shown."""
+        """`groups`: of the whole model's parameters, to be shown."""
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
         self.groups = groups
@@ -62,26 +61,17 @@ class Optimizers(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    shards: Shards,
-    config: OptimizerConfig,
-    no_decay: Collection[str],
-    *,
-    fused: bool,
-    matrices: Collection[str] = (),
-    embeddings: Collection[str] = (),
+    shards: Shards, config: OptimizerConfig, groups: ParameterGroups, *, fused: bool
 ) -> Optimizers:
-    """The optimizers of this rank's `shards`. Raises RecipeError for groups that cannot be.
+    """The optimizers of this rank's `shards`; `groups` may be of more parameters than it has.
 
-    `no_decay`, `matrices`, `embeddings`: parameters by name, as in `groups.group_parameters`. `fused`: one
-    kernel for all, on GPUs. The CPU form of fused AdamW rounds the last few elements of a shard otherwise
-    than the rest, so that the result would depend on the number of ranks. The learning rate is set before
-    each step from the schedule.
+    `fused`: one kernel for all, on GPUs. The CPU form of fused AdamW rounds the last few elements of a shard
+    otherwise than the rest, so that the result would depend on the number of ranks. The learning rate is set
+    before each step from the schedule.
     """
-    shapes = {piece.name: tuple(piece.parameter.shape) for piece in shards.pieces}
-    groups = group_parameters(config, shapes, undecayed=no_decay, matrices=matrices, embeddings=embeddings)
     members: dict[Group, list[Piece]] = {}
     for piece in shards.pieces:
-        members.setdefault(groups[piece.name], []).append(piece)
+        members.setdefault(groups.of[piece.name], []).append(piece)
     by_optimizer: dict[str, list[dict[str, Any]]] = {}
     for group, pieces in members.items():
         by_optimizer.setdefault(group.optimizer, []).append(_param_group(group, pieces, config))
