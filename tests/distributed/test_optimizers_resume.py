@@ -16,7 +16,7 @@ from flame import cli, schema
 from flame.recipe import read_recipe
 from flame.train.checkpoint import read_model_tensors, step_directory
 
-STEPS = 12
+STEPS = 20
 CLOSE = 1e-4  # in the loss on other ranks: Muon's bfloat16 may round a last bit of its input otherwise
 MUON = """learning_rate = 3e-3
 name = "muon"
@@ -60,10 +60,10 @@ def test_another_optimizer_resumes_bit_for_bit_and_on_other_ranks_within_a_toler
         found = metrics(tmp_path / run)
         assert [[r[k] for k in KEYS] for r in found] == [[r[k] for k in KEYS] for r in wanted]
         numbers = ("loss", "grad_norm", *(["z_loss"] if name == "muon" else []))
+        within = 0 if run == "same" else CLOSE
         for a, b in zip(found, wanted, strict=True):
-            assert a["loss"] == b["loss"] if run == "same" else abs(a["loss"] - b["loss"]) < CLOSE
-            assert run == "other" or [a[k] for k in numbers] == [b[k] for k in numbers]
-            assert (a.get("z_loss") or 0) > 0 or name == "sgd"
+            assert all(abs(a[key] - b[key]) <= within for key in numbers)
+            assert name == "sgd" or a["z_loss"] > 0
     assert whole_state(tmp_path / "same") == whole_state(tmp_path / "reference"), "state, bit by bit"
     assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.05
 
