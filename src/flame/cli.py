@@ -152,7 +152,7 @@ def add_tokenizer(commands: Any) -> None:
 
 def add_export(commands: Any) -> None:
     summary = "write a run's model as a folder that transformers loads"
-    takes = ("run", "step", "to", "dtype")
+    takes = ("run", "step", "to", "dtype", "ema")
     export = add_command(commands, "export", summary, ("export", "export"), takes)
     export.add_argument("run", metavar="RUN")
     export.add_argument("--to", required=True, metavar="DIR", help="the new folder")
@@ -162,6 +162,9 @@ def add_export(commands: Any) -> None:
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the weights (default: %(default)s)",
+    )
+    export.add_argument(
+        "--ema", action="store_true", help="the average of the weights, which optimizer.ema keeps"
     )
 
 

@@ -33,6 +33,8 @@ from flame.models.kernels import Tuner, installed
 from flame.models.registry import family_of, load_config
 from flame.parallel.world import World
 from flame.recipe import FILE, Recipe
+from flame.train.config import OptimizerConfig
+from flame.train.groups import group_parameters
 from flame.train.lifeline import die_with_parent
 from flame.train.optimizer import build_optimizer
 from flame.train.rehearsal import forward_backward, made_up_batch, small_model
@@ -206,8 +208,13 @@ def _train_thinned(recipe: Recipe, config: Any, tuner: Tuner, ranks: int, begun:
     shapes = list(dict.fromkeys(shapes_of(plan, fresh_micro_batch_rows(recipe, plan, ranks, device))))
     list_kernels(tuner, device, family, config, compute, shapes)
     model, shards = small_model(config, family, compute, device, compile_blocks=compiled)
-    decays = family.no_weight_decay(model.get_submodule("guest"))
-    optimizer = build_optimizer(shards, recipe.optimizer, decays, fused=True)
+    # the recipe's own optimizer has no kernels to prepare, and its patterns may name layers that are not here
+    groups = group_parameters(
+        OptimizerConfig(),
+        {piece.name: tuple(piece.parameter.shape) for piece in shards.pieces},
+        undecayed=family.no_weight_decay(model.get_submodule("guest")),
+    )
+    optimizer = build_optimizer(shards, OptimizerConfig(), groups, fused=True)
     first: float | None = None
     for step in range(WARM_STEPS):
         for shape in shapes:

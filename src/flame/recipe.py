@@ -19,10 +19,12 @@ from flame.train.config import (
     BatchConfig,
     CheckpointConfig,
     LoggingConfig,
+    LossConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
 )
+from flame.train.groups import check_optimizer
 from flame.train.schedule import Schedule
 
 FILE = "recipe.toml"  # the resolved recipe in a run directory
@@ -37,6 +39,7 @@ class Recipe:
     batch: BatchConfig = section(BatchConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
+    loss: LossConfig = section(LossConfig)
     parallel: ParallelConfig = section(ParallelConfig)
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
@@ -94,6 +97,9 @@ def check(recipe: Recipe, origin: str) -> None:
         raise RecipeError(f"{origin}: model: give config, or module for a model of your own")
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
+    if recipe.loss.z_loss < 0:
+        raise RecipeError(f"{origin}: loss.z_loss: found {recipe.loss.z_loss}, expected 0 or more")
+    check_optimizer(recipe.optimizer, origin)
     plan = recipe.plan
     if run.steps is None and run.tokens is None and not plan.ends:
         raise RecipeError(

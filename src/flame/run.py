@@ -46,11 +46,13 @@ from flame.train.checkpoint import (
     remove_leftovers,
     step_directory,
 )
+from flame.train.groups import FILE as GROUPS_FILE
+from flame.train.groups import group_parameters
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
 from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
-from flame.train.optimizer import build_optimizer
+from flame.train.optimizer import Optimizers, build_optimizer
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards, WholeModel
 
@@ -199,7 +201,7 @@ class Guest:
     model: nn.Module  # as transformers knows it; its parameters are sharded
     with_loss: LossModule
     shards: Shards
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     compute: torch.dtype
 
 
@@ -216,7 +218,14 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
     model = build_model(origin, config)
-    with_loss = LossModule(model, family.hidden, family.head(model))
+    groups = group_parameters(
+        recipe.optimizer,
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        undecayed=family.no_weight_decay(model),
+        matrices=family.matrices(model),
+        embeddings=family.embeddings(model),
+    )
+    with_loss = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
     layout = resolve_layout(recipe.parallel, world.size)
     mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
     on_gpu = world.device.type == "cuda"
@@ -230,7 +239,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)
     shards = Shards(model) if mesh is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
+    optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
     return Guest(config, family, model, with_loss, shards, optimizer, compute)
 
 
@@ -305,6 +314,10 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
         f"{parameters:,} parameters, {world.size} rank(s) on {described['device']}",
         flush=True,
     )
+    groups = guest.optimizer.groups
+    replace_file(run / GROUPS_FILE, orjson.dumps(groups.records(), option=orjson.OPT_INDENT_2))
+    if recipe.optimizer.groups or recipe.optimizer.name == "muon":
+        print(groups.table(), flush=True)
 
 
 def make_job(

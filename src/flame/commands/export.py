@@ -15,14 +15,15 @@ from flame.train.checkpoint import problems, read_model_tensors, saved_steps, st
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def export(run: str, step: int | None, to: str, dtype: str) -> Exit:
-    """Writes the model of a run's checkpoint to the folder `to`."""
-    step = export_run(Path(run), step, Path(to), dtype)
-    print(f"{to}: the model of {run} after step {step}; transformers' AutoModelForCausalLM loads it")
+def export(run: str, step: int | None, to: str, dtype: str, ema: bool) -> Exit:
+    """Writes the model of a run's checkpoint, or the average of its weights, to the folder `to`."""
+    step = export_run(Path(run), step, Path(to), dtype, averaged=ema)
+    what = "average of the model" if ema else "model"
+    print(f"{to}: the {what} of {run} after step {step}; transformers' AutoModelForCausalLM loads it")
     return Exit.DONE
 
 
-def export_run(run: Path, step: int | None, to: Path, dtype: str) -> int:
+def export_run(run: Path, step: int | None, to: Path, dtype: str, *, averaged: bool = False) -> int:
     """The same, silently; the step that was taken."""
     recipe = run_recipe(run)
     step = choose_step(run, step)
@@ -31,7 +32,8 @@ def export_run(run: Path, step: int | None, to: Path, dtype: str) -> int:
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}; choose another with --step: {saved_steps(run)}")
     config = load_config(recipe.model.config, recipe.model.module)
-    write_export(read_model_tensors(path), config, Path(recipe.tokenizer.path), to, DTYPES[dtype])
+    weights = read_model_tensors(path, averaged=averaged)
+    write_export(weights, config, Path(recipe.tokenizer.path), to, DTYPES[dtype])
     return step
 
 

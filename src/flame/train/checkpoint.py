@@ -93,19 +93,29 @@ def load_tensors(
     dcp.load(tensors_of(model, shards, optimizer), storage_reader=reader, process_group=group)
 
 
-def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors of a checkpoint, whole and on the CPU, in this process alone."""
+def read_model_tensors(path: Path, *, averaged: bool = False) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint, whole and on the CPU, in this process alone.
+
+    `averaged`: of parameters that have a running average, that average. Raises CheckpointError where
+    there is none.
+    """
     reader = dcp.FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
+    keys = {key.removeprefix("model."): key for key in saved if key.startswith("model.")}
+    if averaged:
+        averages = {name: f"optimizer.{name}.ema" for name in keys if f"optimizer.{name}.ema" in saved}
+        if not averages:
+            raise CheckpointError(f"{path}: no average of the weights; it was trained without optimizer.ema")
+        keys |= averages
     state: Tensors = {
         key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in saved.items()
-        if key.startswith("model.") and isinstance(meta, TensorStorageMetadata)
+        for key in keys.values()
+        if isinstance(meta := saved[key], TensorStorageMetadata)
     }
     with warnings.catch_warnings():  # that it reads alone is what was asked for
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.load(state, storage_reader=reader, no_dist=True)
-    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    return {name: state[key] for name, key in keys.items() if key in state}
 
 
 # -------------------------------------------------------------------------------------- saving

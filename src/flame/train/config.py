@@ -51,18 +51,89 @@ class BatchConfig:
     )
 
 
+OPTIMIZERS = ("adamw", "muon", "sgd")
+
+
+@dataclass
+class GroupConfig:
+    pattern: str = setting(
+        help="of full parameter names, listed in RUN/parameter_groups.json; * is anything, ? one character; "
+        "a parameter is in the first group that it matches",
+        identity=True,
+    )
+    name: str | None = setting(
+        None,
+        help="the optimizer of these parameters; left out: what they would have without the group",
+        identity=True,
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float | None = setting(
+        None, help="the peak of their schedule; left out: as without the group", identity=True
+    )
+    learning_rate_factor: float = setting(
+        1.0, help="their peak is so many times what it would be without the group", identity=True
+    )
+    weight_decay: float | None = setting(
+        None,
+        help="of all these parameters, norms and biases too; left out: as without the group",
+        identity=True,
+    )
+
+
 @dataclass
 class OptimizerConfig:
-    name: str = setting("adamw", help="the optimizer", identity=True, choices=("adamw",))
+    name: str = setting(
+        "adamw",
+        help="the optimizer; muon is for the matrices of the model's blocks, with AdamW for all else",
+        identity=True,
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = setting(1e-3, help="the peak of the schedule", identity=True)
-    beta1: float = setting(0.9, help="decay of the gradient's running mean", identity=True)
-    beta2: float = setting(0.95, help="decay of the squared gradient's running mean", identity=True)
-    epsilon: float = setting(1e-8, help="added to the denominator", identity=True)
+    beta1: float = setting(0.9, help="adamw: decay of the gradient's running mean", identity=True)
+    beta2: float = setting(0.95, help="adamw: decay of the squared gradient's running mean", identity=True)
+    epsilon: float = setting(1e-8, help="adamw: added to the denominator", identity=True)
     weight_decay: float = setting(
-        0.1, help="decoupled; matrices only, never norms, biases and what the model exempts", identity=True
+        0.1,
+        help="matrices only, never norms, biases and what the model exempts; decoupled, but for sgd, which "
+        "adds it to the gradient",
+        identity=True,
+    )
+    decay_embeddings: bool = setting(
+        True,
+        help="whether weight_decay is for embeddings too (and for a head that is tied to one)",
+        identity=True,
     )
     clip_norm: float = setting(
         1.0, help="gradients longer than this are scaled down to it; 0: never", identity=True
+    )
+    momentum: float = setting(0.95, help="muon, with Nesterov's step, and sgd, without", identity=True)
+    adjust_lr_fn: str = setting(
+        "match_rms_adamw",
+        help="muon: how the rate depends on a matrix's shape, as torch.optim.Muon has it: original, "
+        "sqrt(max(1, rows / columns)), or match_rms_adamw, 0.2 sqrt(max(rows, columns)), with which AdamW's "
+        "rate and weight decay serve",
+        identity=True,
+        choices=("original", "match_rms_adamw"),
+    )
+    adamw_learning_rate: float | None = setting(
+        None, help="muon: the peak for the parameters left to AdamW; left out: learning_rate", identity=True
+    )
+    ema: float | None = setting(
+        None,
+        help="also keep an average of the weights, decayed by this after each update (0.9999), in float32; "
+        "checkpoints hold it, flame export --ema writes it",
+        identity=True,
+    )
+    groups: list[GroupConfig] = setting([], help="parameters treated otherwise", identity=True)
+
+
+@dataclass
+class LossConfig:
+    z_loss: float = setting(
+        0.0,
+        help="adds this times the square of the logits' logsumexp to each predicted token's loss (1e-4); "
+        "metrics.jsonl has it apart, as z_loss",
+        identity=True,
     )
 
 

@@ -80,9 +80,9 @@ class Meter:
 
     def log(self, progress: Advanced, agreed: Agreed, result: StepResult, learning_rate: float) -> None:
         """Ends the interval: waits for the step and writes its record. All ranks call it."""
-        loss_sum = result.loss_sum.clone()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / max(1, agreed.counts.predicted)
+        sums = torch.stack([s for s in (result.loss_sum, result.penalty_sum) if s is not None])
+        dist.all_reduce(sums)
+        loss, *z_loss = (sums / max(1, agreed.counts.predicted)).tolist()
         grad_norm = result.grad_norm.item()
         skipped = self.updates_skipped()
         seconds = time.perf_counter() - self._began
@@ -91,6 +91,7 @@ class Meter:
             "tokens": progress.tokens,
             "epoch": agreed.epoch,
             "loss": loss,
+            **({"z_loss": z_loss[0]} if z_loss else {}),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "tokens_per_second": round(self._tokens / seconds, 1),
