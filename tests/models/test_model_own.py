@@ -161,3 +161,26 @@ def test_an_own_models_export_carries_its_code_and_loads_again(tmp_path, config)
     loaded = load_exported(tmp_path / "e")
     tokens, positions, cu_seqlens, _ = packed([[40]])
     assert torch.equal(loaded(tokens, positions, cu_seqlens), model(tokens, positions, cu_seqlens))
+
+
+def test_an_own_model_with_a_tie_and_buffers_comes_back_as_it_was(tmp_path):
+    text = """self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+    def init_weights(self, module):
+        if isinstance(module, Model):
+            module.steps.fill_(5)
+            module.table.fill_(2.0)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()"""
+    config = _config(_written(tmp_path, "x", "self.head = nn.Linear(width, vocabulary)", text))
+    model = build_on_meta(config)
+    initialize(model, config, 1, "cpu")
+    export(dict(model.state_dict()), config, Path("bytes"), tmp_path / "e", torch.bfloat16)
+    loaded = load_exported(tmp_path / "e")
+    assert loaded.head.weight is loaded.embedding.weight
+    assert torch.equal(loaded.head.weight, model.head.weight.bfloat16())
+    assert (loaded.steps.tolist(), loaded.steps.dtype) == ([5, 5, 5], torch.int64)
+    assert loaded.table.tolist() == [2.0, 2.0, 2.0]

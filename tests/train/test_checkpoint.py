@@ -34,6 +34,7 @@ from flame.train.checkpoint import (
     tensors_of,
 )
 from flame.train.journal import read_lines
+from flame.train.saved_tensors import SavedTensors
 from flame.train.shards import Shards
 
 RECORDS = Records(train={"step": 3, "tokens": 2**40}, data={"lanes": [[1, -2]]})
@@ -121,6 +122,11 @@ def test_tensors_come_back_equal_on_any_number_of_ranks(saved: Path, tmp_path: P
     alone = read_model_tensors(step_directory(tmp_path, 9))
     assert {f"model.{name}" for name in alone} == {k for k in expected if k.startswith("model.")}
     assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in alone.items())
+    one_by_one = SavedTensors(step_directory(tmp_path, 6))
+    assert {name: one_by_one.shape(name) for name in one_by_one} == {
+        n: tuple(t.shape) for n, t in alone.items()
+    }
+    assert all(torch.equal(one_by_one[name], tensor) for name, tensor in alone.items())
 
 
 def test_a_checkpoint_holds_what_its_manifest_lists_and_its_records(saved: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -73,11 +73,16 @@ def load_tensors(
     optimizer: torch.optim.Optimizer,
     path: Path,
     group: dist.ProcessGroup,
+    *,
+    with_optimizer: bool = True,
+    exclude: Collection[str] = (),
 ) -> None:
-    """Fills model and optimizer in place from a checkpoint written under any layout."""
+    """Fills model and optimizer in place from a checkpoint written under any layout; what belongs to a
+    parameter in `exclude` stays as it is."""
     reader = dcp.FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    for piece in shards.pieces:
+    chosen = [p for p in shards.pieces if with_optimizer and p.name not in exclude]
+    for piece in chosen:
         prefix = f"optimizer.{piece.name}."
         state: dict[str, Any] = {}
         for key, meta in saved.items():
@@ -90,7 +95,10 @@ def load_tensors(
             )
         if state:
             optimizer.state[piece.local] = state
-    dcp.load(tensors_of(model, shards, optimizer), storage_reader=reader, process_group=group)
+    tensors = tensors_of(model, shards, optimizer)
+    wanted = {key: tensor for key, tensor in tensors.items() if key.removeprefix("model.") not in exclude}
+    dcp.load(wanted, storage_reader=reader, process_group=group)
+    shards.updated()
 
 
 def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -271,16 +279,13 @@ def newest_sound(run: Path, group: dist.ProcessGroup) -> int | None:
     Each rank verifies its part of the files. A broken checkpoint is passed over with an event;
     CheckpointError where all are broken: a run is never begun again silently.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     box: list[Any] = [saved_steps(run) if rank == 0 else None]
     dist.broadcast_object_list(box, group_src=0, group=group)
     steps = cast("list[int]", box[0])
     broken: dict[int, str] = {}
     for step in reversed(steps):
-        problem = next(problems(step_directory(run, step), rank, world), None)
-        found: list[str | None] = [None] * world
-        dist.all_gather_object(found, problem, group=group)
-        problem = next((p for p in found if p), None)
+        problem = shared_problem(step_directory(run, step), group)
         if problem is None:
             return step
         broken[step] = problem
@@ -293,6 +298,14 @@ def newest_sound(run: Path, group: dist.ProcessGroup) -> int | None:
             "or start anew in another run directory"
         )
     return None
+
+
+def shared_problem(path: Path, group: dist.ProcessGroup) -> str | None:
+    """What is wrong with a checkpoint, on every rank the same; each verifies its part of the files."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    found: list[str | None] = [None] * world
+    dist.all_gather_object(found, next(problems(path, rank, world), None), group=group)
+    return next((problem for problem in found if problem), None)
 
 
 def problems(path: Path, part: int = 0, parts: int = 1) -> Iterator[str]:

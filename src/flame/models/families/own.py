@@ -34,6 +34,7 @@ from flame.models.family import Family
 from flame.models.flops import FlopCount, matrix_flops
 
 MODEL_TYPE = "flame_own"
+OWN_FILE = "model.py"  # the code of an own model, beside its exported weights
 CHECKED_PARAMETERS = 300_000_000  # of a model that is built on the CPU to be checked
 
 
