@@ -60,6 +60,32 @@ def in_words(origin: dict[str, Any] | None) -> str:
     return f"branching off {origin['run']} after step {origin['step']}, with its {', '.join(origin['parts'])}"
 
 
+def begin_with(
+    recipe: Recipe,
+    world: World,
+    config: Any,
+    model: nn.Module,
+    shards: Shards,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Any] | None, Trunk | None]:
+    """Fills a fresh model with what the recipe names, if anything. What the run's records say of it; and the
+    trunk, where the run goes on in its data too. Raises FlameError."""
+    if recipe.model.init_from is not None:
+        return begin_from_weights(recipe, world, config, model, shards), None
+    if recipe.run.start_from is None:
+        return None, None
+    trunk = begin_from_run(recipe, world, config, model, shards, optimizer)
+    if "data" not in recipe.run.start_from_parts:
+        return trunk.record, None
+    total = recipe.total_steps
+    if total is not None and total < trunk.step:
+        raise RecipeError(
+            f'run.start_from_parts: with "data" steps go on from {trunk.run}\'s {trunk.step}, but the run '
+            f"has {total}; give a longer run.steps or run.tokens, or leave the part out: they then begin at 0"
+        )
+    return trunk.record, trunk
+
+
 # ------------------------------------------------------------------------------------- weights
 
 

@@ -18,6 +18,7 @@ from flame.schema import Duration, section
 from flame.train.config import (
     BatchConfig,
     CheckpointConfig,
+    ExportConfig,
     LoggingConfig,
     OptimizerConfig,
     RunConfig,
@@ -41,6 +42,7 @@ class Recipe:
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
+    export: ExportConfig = section(ExportConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
     @property
@@ -87,6 +89,8 @@ def check(recipe: Recipe, origin: str) -> None:
         ("validation.tokens", recipe.validation.tokens),
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
+        ("export.every", recipe.export.every and recipe.export.every.amount),
+        ("export.keep", recipe.export.keep),
         ("logging.every", recipe.logging.every.amount),
     ]:
         if value is not None and value < 1:

@@ -25,7 +25,8 @@ from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
-from flame.errors import DataError, Exit, FlameError, ModelError, RecipeError
+from flame.errors import DataError, Exit, FlameError, ModelError
+from flame.exports import export_finished, exporter_of
 from flame.kernels import compute_dtype, fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
@@ -34,7 +35,7 @@ from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
 from flame.models.matching import config_record, differing
 from flame.models.registry import family_of
-from flame.origin import begin_from_run, begin_from_weights, check_origin, in_words, model_config
+from flame.origin import begin_with, check_origin, in_words, model_config
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import data_mesh, resolve_layout
@@ -49,6 +50,7 @@ from flame.train.checkpoint import (
     remove_leftovers,
     step_directory,
 )
+from flame.train.exporter import remove_unfinished
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
 from flame.train.loss import LossModule
@@ -87,6 +89,7 @@ def take_directory(recipe: Recipe, held: list[RunLock]) -> None:
     held.append(RunLock(recipe.directory))
     refuse_other_run(recipe)
     remove_leftovers(recipe.directory)
+    remove_unfinished(recipe.directory)
 
 
 def quiet_other_ranks(recipe: Recipe, world: World) -> None:
@@ -120,6 +123,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if saved.resumed and total is not None and saved.progress.step >= total:
         if world.rank == 0:
             print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
+            export_finished(recipe, saved.progress.step)
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, world, saved)
@@ -284,24 +288,13 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, ste
 def begin_anew(recipe: Recipe, world: World, guest: Guest, data: Data) -> tuple[Data, Saved]:
     """What a run without a checkpoint of its own begins with: fresh weights, given ones, or another run's.
     Raises FlameError."""
-    config, model, shards = guest.config, guest.model, guest.shards
-    if recipe.model.init_from is not None:
-        return data, Saved(origin=begin_from_weights(recipe, world, config, model, shards))
-    if recipe.run.start_from is None:
-        return data, Saved()
-    trunk = begin_from_run(recipe, world, config, model, shards, guest.optimizer)
-    if "data" not in recipe.run.start_from_parts:
-        return data, Saved(origin=trunk.record)
-    total = recipe.total_steps
-    if total is not None and total < trunk.step:
-        raise RecipeError(
-            f'run.start_from_parts: with "data" steps go on from {trunk.run}\'s {trunk.step}, but the run '
-            f"has {total}; give a longer run.steps or run.tokens, or leave the part out: they then begin at 0"
-        )
+    origin, trunk = begin_with(recipe, world, guest.config, guest.model, guest.shards, guest.optimizer)
+    if trunk is None:
+        return data, Saved(origin=origin)
     data, state = rejoin_data(recipe, world, data, trunk.run, trunk.step)
     record = read_record(trunk.run, trunk.step, "train.json")
     progress = Progress(**{f.name: record[f.name] for f in fields(Progress) if f.name in record})
-    return data, Saved(progress, state, record["micro_batch_rows"], record["ranks"], trunk.record)
+    return data, Saved(progress, state, record["micro_batch_rows"], record["ranks"], origin)
 
 
 # ------------------------------------------------------------------------------------ assembly
@@ -342,6 +335,7 @@ def make_job(
     """Puts the pieces into the loop's hands."""
     per = guest.family.flops(guest.config)
     peak = peak_flops(device_name(world.device), guest.compute)
+    exporter = exporter_of(recipe, world.rank)
     columns, lanes = loader.columns, data.plan.lanes
     nothing_read = DataState(0, np.zeros((lanes, len(columns)), np.int64), columns, data.fingerprint)
     start = nothing_read if saved.data is None else saved.data
@@ -364,7 +358,9 @@ def make_job(
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
         rows=loader,
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
-        checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
+        checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep, exporter),
+        exporter=exporter,
+        export_every=recipe.export.every,
         meter=Meter(
             flops=flops,
             peak_flops=peak * world.size if peak is not None else None,

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
+from flame.train.exporter import Exporter
 from flame.train.journal import event, replace_file, sync_directory
 from flame.train.shards import Shards
 
@@ -134,8 +135,12 @@ class Checkpointer:
     event; nothing half-written stays, and training goes on.
     """
 
-    def __init__(self, run: Path, group: dist.ProcessGroup, keep: int) -> None:
+    def __init__(
+        self, run: Path, group: dist.ProcessGroup, keep: int, exporter: Exporter | None = None
+    ) -> None:
+        """`exporter`: is told of what was saved, and keeps what it needs from being deleted."""
         self.run = run
+        self._exporter = exporter
         self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
         self._rank = dist.get_rank(group)
         self._keep = keep
@@ -185,6 +190,8 @@ class Checkpointer:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 event(self.run, "checkpoint_failed", step=step, why=self.error)
+                if self._exporter is not None:
+                    self._exporter.lost(step, self.error)
             return
         except RuntimeError as error:  # a peer is gone: the training's own exchange will say so, too
             self.error = str(error)
@@ -193,7 +200,9 @@ class Checkpointer:
         if self._rank == 0:
             seconds = round(time.monotonic() - began, 3)
             event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
-            prune(self.run, self._keep)
+            if self._exporter is not None:
+                self._exporter.committed(step)
+            prune(self.run, self._keep, self._exporter.held() if self._exporter is not None else ())
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives on every rank; CheckpointError on all where it fails on any."""
@@ -256,10 +265,12 @@ def file_seal(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
-def prune(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what broken saves left behind."""
+def prune(run: Path, keep: int, held: Collection[int] = ()) -> None:
+    """Deletes all but the newest `keep` checkpoints and those of the steps `held`, and what broken saves
+    left behind."""
     for step in saved_steps(run)[: -max(1, keep)]:
-        shutil.rmtree(step_directory(run, step))
+        if step not in held:
+            shutil.rmtree(step_directory(run, step))
     for leftover in (run / "checkpoints").glob("step-*.replaced-*"):
         shutil.rmtree(leftover)
 

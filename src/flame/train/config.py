@@ -131,6 +131,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    at_end: bool = setting(
+        False, help="write the last step's model to RUN/export, as flame export does", identity=False
+    )
+    every: Duration | None = setting(
+        None,
+        help="also while training, to RUN/exports/step-N, with a checkpoint at the same step",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    dtype: str = setting(
+        "float32",
+        help="of the exported weights",
+        identity=False,
+        choices=("float32", "bfloat16", "float16"),
+    )
+    keep: int | None = setting(
+        None, help="newest folders kept in RUN/exports; left out: all", identity=False, parse=parse_count
+    )
+
+
+@dataclass
 class LoggingConfig:
     every: Duration = setting(
         Duration(1, "steps"),

@@ -20,6 +20,7 @@ from flame.errors import CheckpointError, DataError, Exit
 from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
+from flame.train.exporter import Exporter
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
@@ -82,6 +83,8 @@ class Job:
     rows: RowReader
     agreement: Agreement
     checkpointer: Checkpointer
+    exporter: Exporter
+    export_every: Duration | None
     meter: Meter
     skip_log: SkipLog
     rank: int
@@ -152,7 +155,10 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
-        if agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
+        export = job.export_every is not None and crossed(job.export_every, job.progress, tokens_before)
+        if export:
+            job.exporter.want(step)
+        if export or agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
         collect(step)
@@ -271,6 +277,7 @@ def begin_checkpoint(job: Job, data_record: dict[str, Any]) -> None:
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
     """Saves what was trained and stops before the next step."""
     save_last(job, trained)
+    job.exporter.abandon()
     if problem is not None:
         raise problem
     return Exit.STOPPED
@@ -281,6 +288,7 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     if job.progress.step == 0 and not is_last(job, 0):
         raise DataError("no source holds any text that could be trained; see logs/skipped-records.jsonl")
     save_last(job, trained)
+    job.exporter.finish(job.progress.step)
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
         print(f"done after step {job.progress.step}: {why}", flush=True)
