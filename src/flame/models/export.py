@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from flame.errors import ModelError
 from flame.models import cpu
 from flame.models.build import build_on_meta, initialize
-from flame.models.families.own import OWN_FILE, OwnConfig, module_file
+from flame.models.families.own import OWN_FILE, OwnConfig, module_file, transformers_config
 from flame.models.pretrained import fill, folder_config
 from flame.models.registry import family_of, load_config
 from flame.models.weights import open_weights
@@ -195,11 +195,16 @@ def _write_configs(
     setattr(written, MARK, "flame")
     setattr(written, STEP, step)  # also where a model began with another run's export
     if isinstance(config, OwnConfig):
-        written.save_pretrained(folder)
         shutil.copyfile(module_file(config), folder / OWN_FILE)
-        return
-    mapping = cast("Any", AutoModelForCausalLM)._model_mapping
-    written.architectures = [mapping[type(config)].__name__]
+        own: Any = transformers_config(config)
+        if own is None:
+            written.save_pretrained(folder)
+            return
+        own.exported_by, own.exported_step = "flame", step
+        written = own
+    else:
+        mapping = cast("Any", AutoModelForCausalLM)._model_mapping
+        written.architectures = [mapping[type(config)].__name__]
     written.dtype = dtype
     written.save_pretrained(folder)
     if generation is not None:
