@@ -152,20 +152,22 @@ def add_tokenizer(commands: Any) -> None:
 
 def add_export(commands: Any) -> None:
     summary = "write a run's model as a folder that transformers loads"
-    takes = ("run", "step", "to", "dtype", "ema")
+    takes = ("run", "step", "to", "dtype", "shard_size", "ema")
     export = add_command(commands, "export", summary, ("export", "export"), takes)
     export.add_argument("run", metavar="RUN")
     export.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
     export.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the weights (default: %(default)s)",
     )
     export.add_argument(
         "--ema", action="store_true", help="the average of the weights, which optimizer.ema keeps"
     )
+    summary = 'most of one file of weights, in bytes: "2B", "4Gi" (default: %(default)s)'
+    export.add_argument("--shard-size", default="5B", metavar="N", help=summary)
 
 
 def add_generate(commands: Any) -> None:

@@ -30,7 +30,8 @@ from flame.models.kernel_platform import (
     user_folder,
 )
 from flame.models.kernels import Tuner, installed
-from flame.models.registry import family_of, load_config
+from flame.models.registry import family_of
+from flame.origin import model_config
 from flame.parallel.world import World
 from flame.recipe import FILE, Recipe
 from flame.train.config import OptimizerConfig
@@ -164,7 +165,7 @@ def prepare(text: str, ranks: int | None) -> dict[str, Any]:
     ask_for_gpu()
     device = torch.device("cuda", 0)
     recipe = schema.build(Recipe, tomllib.loads(text), FILE)
-    config = load_config(recipe.model.config, recipe.model.module)
+    config = model_config(recipe)
     for note in check_kernels([config.model_type], device):
         print(note, flush=True)
     platform = platform_of(device)

@@ -18,6 +18,7 @@ from flame.schema import Duration, section
 from flame.train.config import (
     BatchConfig,
     CheckpointConfig,
+    ExportConfig,
     LoggingConfig,
     LossConfig,
     OptimizerConfig,
@@ -44,6 +45,7 @@ class Recipe:
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
+    export: ExportConfig = section(ExportConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
     @property
@@ -80,8 +82,9 @@ def check(recipe: Recipe, origin: str) -> None:
     run, batch = recipe.run, recipe.batch
     if run.steps is not None and run.tokens is not None:
         raise RecipeError(f"{origin}: run: give either steps or tokens, the length of the run, not both")
+    if run.steps is not None and run.steps < 0:
+        raise RecipeError(f"{origin}: run.steps: found {run.steps}, expected at least 0")
     for name, value in [
-        ("run.steps", run.steps),
         ("run.tokens", run.tokens),
         ("batch.tokens_per_step", batch.tokens_per_step),
         ("batch.micro_batch_rows", batch.micro_batch_rows),
@@ -89,12 +92,13 @@ def check(recipe: Recipe, origin: str) -> None:
         ("validation.tokens", recipe.validation.tokens),
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
+        ("export.every", recipe.export.every and recipe.export.every.amount),
+        ("export.keep", recipe.export.keep),
         ("logging.every", recipe.logging.every.amount),
     ]:
         if value is not None and value < 1:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
-    if not recipe.model.config and recipe.model.module is None:
-        raise RecipeError(f"{origin}: model: give config, or module for a model of your own")
+    check_beginning(recipe, origin)
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
     if recipe.loss.z_loss < 0:
@@ -107,6 +111,32 @@ def check(recipe: Recipe, origin: str) -> None:
             "the run then ends with its data"
         )
     Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, plan.steps_of)
+
+
+def check_beginning(recipe: Recipe, origin: str) -> None:
+    """Refuses settings that leave open what a run begins with."""
+    run, model = recipe.run, recipe.model
+    if not model.config and model.module is None and model.init_from is None:
+        raise RecipeError(
+            f"{origin}: model: give config, or module for a model of your own, or init_from for weights "
+            "that bring their config"
+        )
+    if run.start_from is not None and model.init_from is not None:
+        raise RecipeError(f"{origin}: run.start_from and model.init_from: a run begins with one of the two")
+    if run.start_from is None and run.start_from_parts != ["model"]:
+        raise RecipeError(f"{origin}: run.start_from_parts: there is no run.start_from to take them from")
+    if run.exclude and run.start_from is None and model.init_from is None:
+        raise RecipeError(
+            f"{origin}: run.exclude: all parameters begin anew without run.start_from or model.init_from"
+        )
+
+
+def split_start(spec: str) -> tuple[Path, int | None]:
+    """The directory and the step of a `run.start_from`."""
+    run, _, step = spec.rpartition("@")
+    if run and step.isdigit() and not Path(spec).exists():
+        return Path(run), int(step)
+    return Path(spec), None
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
@@ -131,6 +161,10 @@ def make_absolute(recipe: Recipe) -> None:
         recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
     if recipe.model.config and (Path(recipe.model.config).exists() or recipe.model.config.endswith(".json")):
         recipe.model.config = _absolute(recipe.model.config)
+    if recipe.model.init_from is not None and Path(recipe.model.init_from).exists():
+        recipe.model.init_from = _absolute(recipe.model.init_from)
+    if recipe.run.start_from is not None:
+        recipe.run.start_from = _absolute(recipe.run.start_from)
     if recipe.model.module is not None:
         recipe.model.module = _absolute(recipe.model.module)
     for source in recipe.data.sources:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from flame import cli, schema
 from flame.recipe import read_recipe
-from flame.train.checkpoint import read_model_tensors, step_directory
+from flame.train.checkpoint import step_directory
+from flame.train.saved_tensors import SavedTensors
 
 STEPS = 20
 CLOSE = 1e-4  # in the loss on other ranks: Muon's bfloat16 may round a last bit of its input otherwise
@@ -72,7 +73,7 @@ def test_the_average_is_exported_and_a_run_without_one_says_so(write_recipe, tmp
     settings = {"learning_rate = 3e-3": MUON}
     assert train_on(2, write_recipe("run", "llama", 6, settings)).codes() == [0, 0]
     path = step_directory(tmp_path / "run", 6)
-    now, averaged = read_model_tensors(path), read_model_tensors(path, averaged=True)
+    now, averaged = dict(SavedTensors(path)), dict(SavedTensors(path, averaged=True))
     assert now.keys() == averaged.keys()
     assert not any(torch.equal(now[name], averaged[name]) for name in now if "weight" in name)
     assert cli.run(["export", str(tmp_path / "run"), "--to", str(tmp_path / "model"), "--ema"]) == 0

@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flame.schema import Duration, parse_count, parse_duration, setting
+from flame.schema import Duration, parse_count, parse_duration, parse_strings, setting
+
+PARTS = ("model", "optimizer", "data")  # of a checkpoint that a run may start from
 
 
 def parse_micro_batch_rows(raw: Any) -> int | None:
     """`auto` (None) or a whole number of rows."""
     return None if raw == "auto" else parse_count(raw)
+
+
+def parse_parts(raw: Any) -> list[str]:
+    """Some of `PARTS`, the model among them."""
+    parts = parse_strings(raw)
+    if "model" not in parts or not set(parts) <= set(PARTS):
+        raise ValueError(f'a list of {", ".join(PARTS)}, with "model" in it')
+    return [part for part in PARTS if part in parts]
 
 
 @dataclass
@@ -19,7 +29,8 @@ class RunConfig:
     seed: int = setting(42, help="of the initialisation, the order of the data and dropout", identity=True)
     steps: int | None = setting(
         None,
-        help="length of the run in optimizer steps; the run ends earlier where its data do",
+        help="length of the run in optimizer steps; the run ends earlier where its data do; 0: only a "
+        "checkpoint of what it begins with",
         identity=False,
         parse=parse_count,
     )
@@ -29,6 +40,24 @@ class RunConfig:
         "every source",
         identity=False,
         parse=parse_count,
+    )
+    start_from: str | None = setting(
+        None,
+        help='branch off another run\'s checkpoint: "RUN@step", or "RUN" for its newest whole one',
+        identity=True,
+    )
+    start_from_parts: list[str] = setting(
+        ["model"],
+        help="what is taken from there: model; optimizer, its state too; data, the place in the data and all "
+        "counters, so that steps and tokens go on from there",
+        identity=True,
+        parse=parse_parts,
+    )
+    exclude: list[str] = setting(
+        [],
+        help='names of parameters ("lm_head.*") that begin anew, with start_from or model.init_from',
+        identity=True,
+        parse=parse_strings,
     )
     max_restarts: int = setting(
         10, help="automatic restarts after a crash before the run gives up with exit code 3", identity=False
@@ -170,6 +199,28 @@ class CheckpointConfig:
         parse=parse_duration("steps", "tokens", "minutes"),
     )
     keep: int = setting(2, help="newest checkpoints kept", identity=False)
+
+
+@dataclass
+class ExportConfig:
+    at_end: bool = setting(
+        False, help="write the last step's model to RUN/export, as flame export does", identity=False
+    )
+    every: Duration | None = setting(
+        None,
+        help="also while training, to RUN/exports/step-N, with a checkpoint at the same step",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    dtype: str = setting(
+        "float32",
+        help="of the exported weights",
+        identity=False,
+        choices=("float32", "bfloat16", "float16"),
+    )
+    keep: int | None = setting(
+        None, help="newest folders kept in RUN/exports; left out: all", identity=False, parse=parse_count
+    )
 
 
 @dataclass

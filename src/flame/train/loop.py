@@ -20,6 +20,7 @@ from flame.errors import CheckpointError, DataError, Exit
 from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
+from flame.train.exporter import Exporter
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
@@ -82,10 +83,13 @@ class Job:
     rows: RowReader
     agreement: Agreement
     checkpointer: Checkpointer
+    exporter: Exporter
+    export_every: Duration | None
     meter: Meter
     skip_log: SkipLog
     rank: int
     progress: Progress
+    beginning: dict[str, Any] | None  # data.json before the first step, where no checkpoint holds it yet
 
     should_stop: Callable[[], bool]
     check_records: Callable[[np.ndarray], None]  # raises DataError when too many are skipped
@@ -98,6 +102,8 @@ def train(job: Job) -> Exit:
 
     Where data cannot be read, every rank saves at the same step and raises the same DataError.
     """
+    if is_last(job, job.progress.step):
+        return finish(job, None, "there was no step to make")
     clock = SaveClock(job.checkpoint_every)
     coming = Coming.fetch(job, clock)
     job.meter.start()
@@ -149,7 +155,10 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
-        if agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
+        export = job.export_every is not None and crossed(job.export_every, job.progress, tokens_before)
+        if export:
+            job.exporter.want(step)
+        if export or agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
         collect(step)
@@ -257,16 +266,18 @@ def save(job: Job, trained: StepRows) -> None:
     """Begins a checkpoint of the step just made. All ranks call it at the same step."""
     job.progress.updates_skipped = job.meter.updates_skipped()
     state = job.agreement.sum_state(trained.state)
-    records = Records(
-        train={**asdict(job.progress), **job.extra_record},
-        data=job.data_record(trained.step + 1, state),
-    )
+    begin_checkpoint(job, job.data_record(trained.step + 1, state))
+
+
+def begin_checkpoint(job: Job, data_record: dict[str, Any]) -> None:
+    records = Records(train={**asdict(job.progress), **job.extra_record}, data=data_record)
     job.checkpointer.save(job.progress.step, tensors_of(job.guest, job.shards, job.optimizer), records)
 
 
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
     """Saves what was trained and stops before the next step."""
     save_last(job, trained)
+    job.exporter.abandon()
     if problem is not None:
         raise problem
     return Exit.STOPPED
@@ -274,9 +285,10 @@ def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit
 
 def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     """The last checkpoint, then the end. Raises DataError where the data held nothing to train."""
-    if job.progress.step == 0:
+    if job.progress.step == 0 and not is_last(job, 0):
         raise DataError("no source holds any text that could be trained; see logs/skipped-records.jsonl")
     save_last(job, trained)
+    job.exporter.finish(job.progress.step)
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
         print(f"done after step {job.progress.step}: {why}", flush=True)
@@ -286,8 +298,12 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
 def save_last(job: Job, trained: StepRows | None) -> None:
     """Makes sure that the last trained step has a checkpoint. Raises CheckpointError where it cannot."""
     job.checkpointer.wait()
-    if trained is not None and job.checkpointer.last_saved != job.progress.step:
-        save(job, trained)
+    first = trained is None and job.beginning is not None and is_last(job, job.progress.step)
+    if (trained is not None or first) and job.checkpointer.last_saved != job.progress.step:
+        if trained is not None:
+            save(job, trained)
+        elif job.beginning is not None:
+            begin_checkpoint(job, job.beginning)
         job.checkpointer.wait()
         if job.checkpointer.last_saved != job.progress.step:
             raise CheckpointError(
