@@ -18,7 +18,7 @@ from flame.data.catalog import Catalog, fingerprint
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.tokens import Part, Tokenizer
+from flame.data.tokens import Tokenizer
 from flame.errors import DataError
 
 KEPT_STATES = 64  # of the steps measured, one of which is resumed from
@@ -56,11 +56,13 @@ class Recorder:
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
-        self.calls: list[Sequence[Part]] = []
+        self.calls: list[Sequence[str]] = []
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        self.calls.append(parts)
-        return self._inner.encode_parts(parts)
+    def encode_parts(
+        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.calls.append(texts)
+        return self._inner.encode_parts(texts, begins, ends)
 
 
 def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> BenchResult:
@@ -92,7 +94,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
             if len(kept) > KEPT_STATES:
                 kept.pop(chosen.randrange(KEPT_STATES))
         wall, processor = time.perf_counter(), time.process_time()
-        raw_tokens += sum(tokenizer.count_alone(parts) for parts in recorder.calls)
+        raw_tokens += sum(tokenizer.count_alone(texts) for texts in recorder.calls)
         raw_seconds += time.perf_counter() - wall
         raw_cpu += time.process_time() - processor
         recorder.calls.clear()

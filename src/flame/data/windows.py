@@ -10,7 +10,8 @@ import numpy as np
 
 from flame.batch import COUNTED, Row, Segment, Skip
 from flame.data.chat_tokens import plain_ids
-from flame.data.streams import CURSOR, Document, SourceReader
+from flame.data.documents import WindowDocuments
+from flame.data.streams import CURSOR
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
 ROW, HASH = LANE_COLUMNS.index("row"), LANE_COLUMNS.index("window_hash")
@@ -34,8 +35,8 @@ class PackedRows:
     """Rows of a lane, in order. Padding follows on the segments of a row where they do not fill it."""
 
     tokens: np.ndarray  # int32 [rows, L]; a token without loss is written as its complement
-    documents: Sequence[tuple[SourceReader, Document]]
-    segments: np.ndarray  # int64 [segments, 3]: document, offset and length
+    documents: WindowDocuments
+    segments: np.ndarray  # int64 [segments, 3]: the number of the document, offset and length
     bounds: Sequence[int]  # rows + 1: the first segment of each row, and the end
     sources: np.ndarray  # int64 [rows, sources, 3]: as in flame.batch.StepRows
     masked: bool  # whether some token has no loss
@@ -53,12 +54,8 @@ class PackedRows:
 
     def named(self, number: int) -> tuple[Segment, ...]:
         """The segments of a row by name."""
-        named: list[Segment] = []
-        for i, offset, length in self.segments[self.bounds[number] : self.bounds[number + 1]].tolist():
-            reader, document = self.documents[i]
-            name = reader.document_id(document)
-            named.append(Segment(reader.source.name, document.epoch, name, offset, length))
-        return tuple(named)
+        segments = self.segments[self.bounds[number] : self.bounds[number + 1]].tolist()
+        return tuple(self.documents.segment(*segment) for segment in segments)
 
 
 @dataclass(frozen=True, slots=True)
