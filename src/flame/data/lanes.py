@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from flame.batch import COUNTED, Skip
 from flame.data import blocks
 from flame.data.documents import Taken, WindowDocuments
+from flame.data.hashes import of_bytes, row_hashes, window_hash
 from flame.data.mixture import next_source
 from flame.data.packing import ROW, pack, pack_whole
 from flame.data.plan import DataPlan, Stage
@@ -83,10 +83,9 @@ class Lane:
         was_cut = [bool(stream.cursor.cut) for stream in self._streams]
         laid, documents, records, skips = self._fill(stage, size)
         rows = self._rows(stage, laid, documents, was_cut)
-        digest = hashlib.blake2b(rows.tokens.reshape(-1).data, digest_size=8)
-        window_hash = int.from_bytes(digest.digest(), "little", signed=True)
+        found = window_hash(rows.hashes)
         if self._row:
-            self._check_resumed(window_hash, documents)
+            self._check_resumed(found, rows)
             before = np.array(start)
             for i, name in enumerate(COUNTED):  # the state had counted them already
                 before[every(name)] -= records[:, i]
@@ -94,7 +93,7 @@ class Lane:
                     setattr(stream.cursor, name, getattr(stream.cursor, name) - counts[i])
             start, self._row = before.tolist(), 0
         self.window_index += 1
-        return Window(index, size, rows, start, self.state(), records, skips, window_hash)
+        return Window(index, size, rows, start, self.state(), records, skips, found)
 
     def state(self) -> list[int]:
         """This lane's row of the data state before its next window."""
@@ -215,9 +214,10 @@ class Lane:
         room = length - np.bincount(row, tokens, len(order)).astype(np.int64)
         for i in reversed(np.flatnonzero(room).tolist()):
             ids.insert(bounds[i + 1], np.zeros(room[i], dtype=np.int32))
-        whole = np.concatenate([NO_TOKENS, *ids])
+        whole = np.concatenate([NO_TOKENS, *ids]).reshape(len(order), length)
         return PackedRows(
-            whole.reshape(len(order), length),
+            whole,
+            row_hashes(whole),
             documents,
             segments,
             bounds,
@@ -259,11 +259,12 @@ class Lane:
             if was_cut[i]:
                 first_cut[first] = NEVER
 
-    def _check_resumed(self, found: int, documents: WindowDocuments) -> None:
+    def _check_resumed(self, found: int, rows: PackedRows) -> None:
         """The open window of a resume must hold the tokens that it held when the state was taken."""
-        if self._hash in (found, UNKNOWN):
+        # a state that an earlier version saved holds the hash of the tokens' bytes
+        if self._hash in (found, UNKNOWN) or self._hash == of_bytes(rows.tokens):
             return
-        files = documents.paths()
+        files = rows.documents.paths()
         named = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
         raise DataError(
             f"lane {self.lane}: window {self.window_index} does not hold the tokens that it held when the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ import torch
 
 from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog, open_readers
+from flame.data.hashes import digest
 from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
@@ -190,13 +190,15 @@ class Loader:
         lane_rows, first = plan.lane_rows(index), plan.first_row(step)
         used = step_in_window * lane_rows
         rows: list[Row] = []
+        hashes: list[int] = []
         sources = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
         for place in share.places:
             packed, number = windows[place % plan.lanes].rows, used + place // plan.lanes
             if number < len(packed):  # else the lane has ended
                 rows.append(packed.row(number, first + place))
+                hashes.append(int(packed.hashes[number]))
                 sources += packed.sources[number]
-        counts = _counts(rows, sources)
+        counts = _counts(rows, hashes, sources)
         zeros = np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32)
         filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
@@ -298,22 +300,15 @@ def _masked(row: Row) -> int:
     return int(masked.sum()) - int(masked[np.cumsum(row.lengths) - row.lengths].sum())
 
 
-def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
-    """Of rows that are no filler."""
+def _counts(rows: list[Row], hashes: list[int], sources: np.ndarray) -> Counts:
+    """Of rows that are no filler, and their hashes."""
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(row.lengths for row in rows)])
-    digest = 0
-    for row in rows:
-        content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
-        content.update(row.tokens.data)
-        if row.trained is not None:
-            content.update(np.packbits(row.trained).data)
-        digest += int.from_bytes(content.digest(), "little")
     return Counts(
         tokens=int(lengths.sum()),
         predicted=int((lengths - 1).sum()) - sum(_masked(row) for row in rows),
         documents=int(sources[:, 1].sum()),
         cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
-        digest=(digest + 2**63) % 2**64 - 2**63,
+        digest=digest([row.index for row in rows], hashes),
         padding=sum(len(row.tokens) for row in rows) - int(lengths.sum()),
     )

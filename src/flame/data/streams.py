@@ -245,7 +245,7 @@ class Stream:
             made = [with_ends(cast("np.ndarray", i[-1]), not i[-3], i[-2], vocabulary) for i in good]
             tokens, found = np.concatenate([NO_TOKENS, *made]), [len(ids) for ids in made]
         else:
-            texts = [cast("str", item[-1]) for item in good]
+            texts = cast("list[str]", [item[-1] for item in good])
             tokens, stops = self._tokenizer.encode_parts(
                 texts, [not item[-3] for item in good], [item[-2] for item in good]
             )

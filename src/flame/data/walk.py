@@ -153,8 +153,10 @@ class Walk:
             if not isinstance(text, Bad):
                 self._found_text = True
                 parts = split_ids(text) if isinstance(text, np.ndarray) else split_text(text)
-            last = len(parts) - 1
+            if len(parts) == 1:
+                yield epoch, group.number, number, file, position, None, True, parts[0]
+                number += 1
+                continue
             for part, piece in enumerate(parts):
-                name = part if last else None
-                yield epoch, group.number, number, file, position, name, part == last, piece
+                yield epoch, group.number, number, file, position, part, part == len(parts) - 1, piece
                 number += 1

@@ -35,6 +35,7 @@ class PackedRows:
     """Rows of a lane, in order. Padding follows on the segments of a row where they do not fill it."""
 
     tokens: np.ndarray  # int32 [rows, L]; a token without loss is written as its complement
+    hashes: np.ndarray  # uint64 [rows]: of the tokens as they are here
     documents: WindowDocuments
     segments: np.ndarray  # int64 [segments, 3]: the number of the document, offset and length
     bounds: Sequence[int]  # rows + 1: the first segment of each row, and the end
