@@ -43,7 +43,7 @@ class BenchResult:
     resume_seconds: float  # to the first row at a random later step
     resumed_step: int
     state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
-    state_microseconds: float  # of the processor, to take it, a step
+    state_microseconds: float  # of the processor, a step, with a step's share of what each window costs
     memory_mib: float  # most that the process held
     only_text: bool  # whether no source holds token ids
 
@@ -80,6 +80,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
     recorder.calls.clear()  # the short windows at the start of a run say little of its speed
     tokens = padding = steps = raw_tokens = 0
     loader_seconds = raw_seconds = cpu = raw_cpu = 0.0
+    state_seconds = loader.state_seconds
     kept: list[tuple[StepRows, StepRows]] = []  # a step and the one after it
     chosen = random.Random(plan.seed)
     while not steps or loader_seconds + raw_seconds < seconds:
@@ -118,7 +119,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         resume_seconds=_resume(catalog, plan, ranks, state, after),
         resumed_step=state.next_step,
         state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
-        state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
+        state_microseconds=1e6 * (loader.state_seconds - state_seconds) / steps,
         memory_mib=memory,
         only_text=only_text,
     )

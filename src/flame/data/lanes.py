@@ -15,7 +15,7 @@ from flame.data.hashes import of_bytes, row_hashes, window_hash
 from flame.data.mixture import next_source
 from flame.data.packing import ROW, pack, pack_whole
 from flame.data.plan import DataPlan, Stage
-from flame.data.streams import CURSOR, NO_TOKENS, Cursor, Mark, Stream
+from flame.data.streams import CURSOR, NO_TOKENS, Cursor, Mark, Stream, tokenize_ahead
 from flame.data.tokens import PartsEncoder
 from flame.data.walk import SourceReader
 from flame.data.windows import LANE_COLUMNS, PackedRows, Window, every
@@ -53,6 +53,16 @@ class Look(NamedTuple):
     found: bool  # whether there was a document; else the source has ended
 
 
+def tokenize_windows(tokenizer: PartsEncoder, lanes: Sequence[Lane]) -> None:
+    """Tokenize what the next windows of some lanes will take, about, in a call for each source."""
+    lacks = [lane.lacks() for lane in lanes]
+    for source in range(len(lacks[0])):
+        wanted = [(lane.streams[source], of[source]) for lane, of in zip(lanes, lacks, strict=True)]
+        wanted = [(stream, tokens) for stream, tokens in wanted if tokens]
+        if wanted:
+            tokenize_ahead(tokenizer, *zip(*wanted, strict=True))
+
+
 class Lane:
     """One lane: fills windows of rows from its sources' streams."""
 
@@ -68,11 +78,11 @@ class Lane:
         self.plan, self.lane = plan, lane
         self.window_index, self._row, self._hash, ended = (0, 0, 0, 0) if state is None else state[:4]
         self._ended = bool(ended)
-        self._streams: list[Stream] = []
+        self.streams: list[Stream] = []
         for i, reader in enumerate(readers):
             first = len(LANE_COLUMNS) + i * len(CURSOR)
             cursor = Cursor() if state is None else Cursor(*state[first : first + len(CURSOR)])
-            self._streams.append(Stream(reader, tokenizer, lane, cursor))
+            self.streams.append(Stream(reader, tokenizer, lane, cursor))
 
     def next_window(self) -> Window:
         """The next window, packed. The first after a resume must be the one that the state saw."""
@@ -80,7 +90,7 @@ class Lane:
         start, index = self.state(), self.window_index
         stage = self.plan.stage_of(index)
         size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
-        was_cut = [bool(stream.cursor.cut) for stream in self._streams]
+        was_cut = [bool(stream.cursor.cut) for stream in self.streams]
         laid, documents, records, skips = self._fill(stage, size)
         rows = self._rows(stage, laid, documents, was_cut)
         found = window_hash(rows.hashes)
@@ -89,40 +99,50 @@ class Lane:
             before = np.array(start)
             for i, name in enumerate(COUNTED):  # the state had counted them already
                 before[every(name)] -= records[:, i]
-                for stream, counts in zip(self._streams, records.tolist(), strict=True):
+                for stream, counts in zip(self.streams, records.tolist(), strict=True):
                     setattr(stream.cursor, name, getattr(stream.cursor, name) - counts[i])
             start, self._row = before.tolist(), 0
         self.window_index += 1
         return Window(index, size, rows, start, self.state(), records, skips, found)
 
+    def lacks(self) -> list[int]:
+        """Tokens of each source that the next window will take, about, and that are not tokenized yet."""
+        stage = self.plan.stage_of(self.window_index)
+        rows = self.plan.steps_in_window(self.window_index) * self.plan.lane_rows(self.window_index)
+        need, length = rows * stage.sequence_length, stage.sequence_length
+        weights = [0.0 if s.ended else w for s, w in zip(self.streams, stage.weights, strict=True)]
+        total = sum(weights) or 1.0
+        wanted = [int(need * weight / total) + length if weight else 0 for weight in weights]
+        return [max(0, tokens - stream.ahead) for tokens, stream in zip(wanted, self.streams, strict=True)]
+
     def state(self) -> list[int]:
         """This lane's row of the data state before its next window."""
         values = [self.window_index, 0, 0, int(self._ended)]
-        for stream in self._streams:
+        for stream in self.streams:
             values += stream.cursor.values()
         return values
 
     def _begin_phase(self) -> None:
         """The counters that choose the source start at zero where a phase begins."""
         if self.plan.begins_stage(self.window_index):
-            for stream in self._streams:
+            for stream in self.streams:
                 stream.cursor.phase_tokens = 0
 
     def _fill(self, stage: Stage, rows: int) -> tuple[Laid, WindowDocuments, np.ndarray, tuple[Skip, ...]]:
         """The window's pieces in rows, what it took, the records and the skips."""
-        for stream in self._streams:
+        for stream in self.streams:
             stream.longest = stage.max_document_length
-        before = [stream.cursor.counted for stream in self._streams]
+        before = [stream.cursor.counted for stream in self.streams]
         take = self._take_whole if self.plan.packing == "document" else self._take_to_cut
         laid = take(stage, rows)
-        given = np.bincount(laid.pieces.source, laid.pieces.length, len(self._streams)).astype(np.int64)
+        given = np.bincount(laid.pieces.source, laid.pieces.length, len(self.streams)).astype(np.int64)
         taken: list[Taken] = []
         skips: list[Skip] = []
-        for stream, tokens in zip(self._streams, given.tolist(), strict=True):
+        for stream, tokens in zip(self.streams, given.tolist(), strict=True):
             part, skipped = stream.settle(tokens)
             taken.append(part)
             skips += skipped
-        after = [stream.cursor.counted for stream in self._streams]
+        after = [stream.cursor.counted for stream in self.streams]
         records = np.array(after, dtype=np.int64) - np.array(before, dtype=np.int64)
         return laid, WindowDocuments(taken), records, tuple(skips)
 
@@ -148,7 +168,7 @@ class Lane:
         found = [i for i, look in enumerate(looks) if look.found]  # a place for each piece, and one too many
         if count < len(found):
             for look in reversed(looks[1 + found[count - 1] :]):
-                self._streams[look.source].back_to(look.mark)
+                self.streams[look.source].back_to(look.mark)
             self._ended = False
         used = np.unique(placed[:, ROW]).tolist()
         return Laid(pieces.first(count), placed, [used[row] for row in self._shuffled(len(used))])
@@ -165,14 +185,14 @@ class Lane:
         streams, that one too.
         """
         length, most = stage.sequence_length, stage.max_document_length
-        given = [stream.cursor.phase_tokens for stream in self._streams]
-        weights = [0.0 if s.ended else w for s, w in zip(self._streams, stage.weights, strict=True)]
+        given = [stream.cursor.phase_tokens for stream in self.streams]
+        weights = [0.0 if s.ended else w for s, w in zip(self.streams, stage.weights, strict=True)]
         pieces: list[int] = []  # flat: a tuple for each would cost more than its turn
         total = sum(weights)
         self._ended = self._ended or not any(weights)
         while need and not self._ended:
             source = next_source(given, weights, length)
-            stream = self._streams[source]
+            stream = self.streams[source]
             mark = stream.mark() if looks is not None else None
             left = stream.left(int(need * weights[source] / total) + length)
             if looks is not None and mark is not None:
@@ -243,7 +263,7 @@ class Lane:
         first_cut = np.full(len(sizes), NEVER)
         np.minimum.at(first_cut, number[early], offset[early])
         self._note_cuts(documents.firsts.tolist(), first_cut, was_cut)
-        sources = len(self._streams)
+        sources = len(self.streams)
         cell = row * sources + documents.sources(number)
         counted = (length, offset == 0, offset == first_cut[number])
         sums = [np.bincount(cell, weights, rows * sources).astype(np.int64) for weights in counted]
@@ -252,7 +272,7 @@ class Lane:
     def _note_cuts(self, firsts: list[int], first_cut: np.ndarray, was_cut: list[bool]) -> None:
         """Note at each cursor whether its document has been cut, and forget the cuts of a document that had
         been cut before. Each source's first and last document may go on in another window."""
-        for i, (stream, (first, end)) in enumerate(zip(self._streams, pairwise(firsts), strict=True)):
+        for i, (stream, (first, end)) in enumerate(zip(self.streams, pairwise(firsts), strict=True)):
             if first == end:
                 continue
             stream.cursor.cut |= int(stream.cursor.offset > 0 and first_cut[end - 1] < NEVER)

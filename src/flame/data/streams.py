@@ -3,6 +3,7 @@ cursor on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, cast
@@ -32,7 +33,6 @@ CURSOR = (
     "begun",
 )
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
-BYTES_PER_TOKEN = 4  # a guess that only sizes the calls
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 _cursor_values = attrgetter(*CURSOR)
@@ -106,7 +106,7 @@ class Stream:
         """
         lengths = self.documents.lengths
         while True:
-            if self.at == len(lengths) and not self._tokenize(expected_tokens):
+            if self.at == len(lengths) and not tokenize_ahead(self._tokenizer, [self], [expected_tokens]):
                 self._over = True
                 return 0
             length = lengths[self.at]
@@ -213,10 +213,9 @@ class Stream:
         last = self.documents.skip(self.reader, i, bad.reason)
         return f"no text in any of them; the last: {last.file}, {last.place}: {last.reason}"
 
-    def _tokenize(self, expected_tokens: int) -> bool:
-        """Append the next documents: about as many tokens as are expected, at least one document. False
-        where there is none."""
-        wanted = min(BATCH_BYTES, expected_tokens * BYTES_PER_TOKEN)
+    def read(self, tokens: int) -> list[Item]:
+        """The next documents: about as many tokens, at least one document unless there is none."""
+        wanted = min(BATCH_BYTES, tokens * self.reader.bytes_per_token)
         items: list[Item] = []
         length = 0
         for item in self._walk:
@@ -230,27 +229,55 @@ class Stream:
                 break
             if length >= wanted:
                 break
-        if items:
-            tokens, lengths = self._encode(items)
-            self._tokens.append(tokens)
-            self.documents.add(items, lengths)
-        return bool(items)
+        return items
 
-    def _encode(self, items: list[Item]) -> tuple[np.ndarray, list[int]]:
-        """The tokens of some documents, and how many each has: none where it holds no text."""
-        good = [item for item in items if not isinstance(item[-1], Bad)]
-        if self.reader.source.holds_ids:
-            vocabulary = self.reader.source.access.vocabulary
-            assert vocabulary is not None
-            made = [with_ends(cast("np.ndarray", i[-1]), not i[-3], i[-2], vocabulary) for i in good]
-            tokens, found = np.concatenate([NO_TOKENS, *made]), [len(ids) for ids in made]
-        else:
-            texts = cast("list[str]", [item[-1] for item in good])
-            tokens, stops = self._tokenizer.encode_parts(
-                texts, [not item[-3] for item in good], [item[-2] for item in good]
-            )
-            found = np.diff(stops, prepend=0).tolist()
-        if len(good) == len(items):
-            return tokens, found
-        each = iter(found)
-        return tokens, [0 if isinstance(item[-1], Bad) else next(each) for item in items]
+    def append(self, items: list[Item], tokens: np.ndarray, lengths: list[int]) -> None:
+        """Take what was read, and its tokens: int32, `lengths` of each item."""
+        self._tokens.append(tokens)
+        self.documents.add(items, lengths)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that are tokenized and not given."""
+        return sum(self.documents.lengths[self.at :]) - self.offset
+
+
+def tokenize_ahead(tokenizer: PartsEncoder, streams: Sequence[Stream], tokens: Sequence[int]) -> bool:
+    """Read about so many tokens more of each of some streams of one source, and tokenize them in one call,
+    because each call has its price. False where there was nothing to read."""
+    read = [stream.read(wanted) for stream, wanted in zip(streams, tokens, strict=True)]
+    items = [item for part in read for item in part]
+    if not items:
+        return False
+    reader = streams[0].reader
+    ids, lengths = _encode(reader, tokenizer, items)
+    if len(ids):
+        measured = sum(len(item[-1]) for item in items if isinstance(item[-1], str)) / len(ids)
+        reader.bytes_per_token = measured or reader.bytes_per_token
+    at = first = 0
+    for stream, part in zip(streams, read, strict=True):
+        if part:
+            found = lengths[at : at + len(part)]
+            end = first + sum(found)
+            stream.append(part, ids[first:end], found)
+            at, first = at + len(part), end
+    return True
+
+
+def _encode(reader: SourceReader, tokenizer: PartsEncoder, items: list[Item]) -> tuple[np.ndarray, list[int]]:
+    """The tokens of some documents, and how many each has: none where it holds no text."""
+    good = [item for item in items if not isinstance(item[-1], Bad)]
+    if reader.source.holds_ids:
+        vocabulary = reader.source.access.vocabulary
+        assert vocabulary is not None
+        made = [with_ends(cast("np.ndarray", i[-1]), not i[-3], i[-2], vocabulary) for i in good]
+        tokens, found = np.concatenate([NO_TOKENS, *made]), [len(ids) for ids in made]
+    else:
+        texts = cast("list[str]", [item[-1] for item in good])
+        begins = [not item[-3] for item in good]
+        tokens, stops = tokenizer.encode_parts(texts, begins, [item[-2] for item in good])
+        found = np.diff(stops, prepend=0).tolist()
+    if len(good) == len(items):
+        return tokens, found
+    each = iter(found)
+    return tokens, [0 if isinstance(item[-1], Bad) else next(each) for item in items]

@@ -89,7 +89,7 @@ class Tokenizer:
         """Each whole text's ids with EOS (and BOS): int32 [tokens], views of one array."""
         whole = [True] * len(texts)
         ids, stops = self.encode_parts(texts, whole, whole)
-        return np.split(ids, stops[:-1])
+        return np.split(ids, stops[:-1]) if texts else []
 
     def encode_parts(
         self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]

@@ -20,6 +20,7 @@ from flame.data.tokens import split_text
 
 HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 EXHAUSTED = Bad("no text in as much as the whole source holds")  # behind that much
+BYTES_PER_TOKEN = 4  # of text that was not seen yet
 POSITIONS_AHEAD = 512  # block positions permuted at once
 
 # A document, or one part of a long one: epoch, group, its number in the group, file, position of the record
@@ -54,6 +55,7 @@ class SourceReader:
         self.format: Format = source.open()
         self._remote = any(is_url(file.path) for file in source.files)
         self.key = blocks.name_key(source.name)
+        self.bytes_per_token = float(BYTES_PER_TOKEN)  # as measured last; it only sizes what is read ahead
 
     def blocks(self, epoch: int) -> Blocks:
         """The blocks that the source has in an epoch."""

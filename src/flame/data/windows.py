@@ -79,9 +79,10 @@ class WindowStates:
 
     def __init__(self, windows: dict[int, Window], lanes: int, columns: int) -> None:
         """`windows`: by lane, those that the state is of; other lanes' states are zero."""
-        self._owned, held = list(windows), list(windows.values())
+        held = list(windows.values())
         self._size = held[0].size if held else 0
         self._begun, self._end = np.zeros((2, lanes, columns), dtype=np.int64)
+        self._is_owned = np.zeros(lanes, dtype=np.int64)
         if not held:
             return
         end = np.array([window.end for window in held], dtype=np.int64)
@@ -91,12 +92,13 @@ class WindowStates:
         for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
             begun[:, every(name)] += records[:, :, i]
         begun[:, BEGUN] = end[:, BEGUN]
-        self._begun[self._owned], self._end[self._owned] = begun, end
+        owned = list(windows)
+        self._begun[owned], self._end[owned], self._is_owned[owned] = begun, end, 1
 
     def after(self, rows: int) -> np.ndarray:
         """The state when `rows` rows of each lane, at least one, are used: int64 [lanes, columns]."""
         if rows == self._size:
             return self._end.copy()
         state = self._begun.copy()
-        state[self._owned, ROW] = rows
+        state[:, ROW] = self._is_owned * rows
         return state
