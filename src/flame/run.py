@@ -25,6 +25,7 @@ from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
 from flame.errors import DataError, Exit, FlameError, ModelError
+from flame.held_out import make_validation
 from flame.kernels import compute_dtype, fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
@@ -53,6 +54,7 @@ from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards, WholeModel
+from flame.train.validation import Validation
 
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
@@ -119,6 +121,9 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, world, saved)
+    validation = make_validation(
+        recipe, world, guest.with_loss, guest.model, data.catalog, data.plan, rows[0]
+    )
     begin(recipe, world, guest, saved)
     if tuner is not None:
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
@@ -126,9 +131,12 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
         screen = Screen(total, saved.progress.step)
+    if validation is not None:
+        validation.journal = journal
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
-            return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
+            job = make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen, validation)
+            return train(job)
         finally:
             if journal is not None and screen is not None:
                 screen.close()
@@ -318,6 +326,7 @@ def make_job(
     rows: list[int],
     journal: Journal | None,
     screen: Screen | None,
+    validation: Validation | None,
 ) -> Job:
     """Puts the pieces into the loop's hands."""
     per = guest.family.flops(guest.config)
@@ -352,6 +361,7 @@ def make_job(
             journal=journal,
             screen=screen,
         ),
+        validation=validation,
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         progress=saved.progress,
