@@ -8,7 +8,7 @@ from typing import Any
 
 from flame.errors import Exit
 from flame.recipe import run_recipe
-from flame.report.validation import validations
+from flame.report.history import validations
 from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
 

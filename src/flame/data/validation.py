@@ -141,8 +141,8 @@ def row_limit(plan: DataPlan, tokens: int) -> int:
 
 
 def overlaps(training: Catalog, held_out: Catalog) -> list[str]:
-    """A sentence for each validation source with files of its own that are trained, too: the same path, or the
-    same size and content at both ends."""
+    """A sentence for each validation source whose files are trained, too: the same path, or the same size and
+    content at both ends."""
     notes: list[str] = []
     paths = {str(file.path): source.name for source in training.sources for file in source.files}
     contents = {(file.size, file.hash): source.name for source in training.sources for file in source.files}
