@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flame.batch import Row
 from flame.data.catalog import Catalog, open_catalog, open_readers
-from flame.data.config import DataConfig, TokenizerConfig, ValidationConfig
+from flame.data.config import DataConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from flame.data.lanes import Lane
 from flame.data.plan import WINDOW_TOKENS, DataPlan
 from flame.data.sources import Source, cut
@@ -30,15 +30,27 @@ def open_validation(
     paths start at `base`. Raises RecipeError and DataError."""
     if not config.sources:
         return validation_data(catalog, plan, config.tokens)
-    for source in config.sources:
+    return own_validation_data(config.sources, data_config, tokenizer_config, plan, base, config.tokens)
+
+
+def own_validation_data(
+    sources: list[SourceConfig],
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    plan: DataPlan,
+    base: Path,
+    tokens: int | None = None,
+) -> tuple[Catalog, DataPlan]:
+    """The same of `sources` that no recipe trains: all of their documents, or the first `tokens`."""
+    for source in sources:
         if source.max_epochs is not None or source.validation:
             name = "max_epochs" if source.max_epochs is not None else "validation"
             raise RecipeError(
                 f'validation.sources: source "{source.name}": {name}: each of its documents is read once, '
                 "and all are held out; leave it out"
             )
-    held_out = replace(data_config, sources=config.sources, phases=[])
-    single = _single_lane(plan, [source.weight for source in config.sources], config.tokens)
+    held_out = replace(data_config, sources=sources, phases=[])
+    single = _single_lane(plan, [source.weight for source in sources], tokens)
     single = replace(single, validation_fraction=0.0)
     return open_catalog(held_out, tokenizer_config, single, base), single
 

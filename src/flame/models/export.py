@@ -96,10 +96,16 @@ def load_exported(path: Path) -> nn.Module:
     return model.eval()
 
 
-def _load_own(path: Path) -> nn.Module:
+def exported_config(path: Path) -> PretrainedConfig:
+    """The config of an export, an own model's with the code beside its weights. Raises ModelError."""
+    if not (path / OWN_FILE).is_file():
+        return load_config(str(path))
     arguments = json.loads((path / "config.json").read_text(encoding="utf-8")).get("arguments", {})
-    config = own_config(path / OWN_FILE, arguments)
-    model = build_on_meta(config)
+    return own_config(path / OWN_FILE, arguments)
+
+
+def _load_own(path: Path) -> nn.Module:
+    model = build_on_meta(exported_config(path))
     state: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         state |= load_file(file)
