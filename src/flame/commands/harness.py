@@ -18,8 +18,8 @@ from flame.models.export import load_exported
 def run_tasks(
     folder: Path, tasks: list[str], include: str | None, shots: int | None, limit: int | None, batch_size: int
 ) -> dict[str, Any]:
-    """The results of `tasks`, by name, as the harness gives them. `include`: a folder with more tasks; `limit`:
-    the first so many examples of each. Raises FlameError."""
+    """The results of `tasks`, by name, as the harness gives them. `include`: a folder with more tasks.
+    `limit`: the first so many examples of each. Raises FlameError."""
     try:
         harness: Any = import_module("lm_eval")
         models: Any = import_module("lm_eval.models.huggingface")
