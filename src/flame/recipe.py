@@ -90,6 +90,8 @@ def check(recipe: Recipe, origin: str) -> None:
         ("batch.micro_batch_rows", batch.micro_batch_rows),
         ("data.sequence_length", recipe.data.sequence_length),
         ("validation.tokens", recipe.validation.tokens),
+        ("validation.every", recipe.validation.every and recipe.validation.every.amount),
+        ("validation.prompt_tokens", recipe.validation.prompt_tokens),
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
         ("export.every", recipe.export.every and recipe.export.every.amount),
@@ -111,6 +113,32 @@ def check(recipe: Recipe, origin: str) -> None:
             "the run then ends with its data"
         )
     Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, plan.steps_of)
+    check_validation(recipe, origin)
+
+
+def check_validation(recipe: Recipe, origin: str) -> None:
+    """Which documents are held out is said in one way, and nothing is asked of a validation that is never."""
+    wanted = recipe.validation
+    by_files = any(source.validation for source in recipe.data.sources)
+    if wanted.sources and (wanted.fraction or by_files):
+        other = "validation.fraction is set" if wanted.fraction else "a source names validation files"
+        raise RecipeError(f"{origin}: validation.sources: {other}, too; give one of the two")
+    if wanted.every is not None and not (wanted.fraction or wanted.sources or by_files):
+        raise RecipeError(
+            f"{origin}: validation.every: nothing is held out: set validation.fraction, such as 0.001, or "
+            'give [[validation.sources]], or name validation files in a source (validation = "...")'
+        )
+    for name in ("sources", "at_start", "hook", "prompts"):
+        if wanted.every is None and getattr(wanted, name):
+            raise RecipeError(
+                f"{origin}: validation.{name}: there is no validation: say how often, such as "
+                'validation.every = "1000 steps"'
+            )
+    if wanted.hook is not None and not all(wanted.hook.rpartition(":")[::2]):
+        raise RecipeError(
+            f'{origin}: validation.hook: found "{wanted.hook}", expected "file.py:function", such as '
+            '"my_checks.py:evaluate"'
+        )
 
 
 def check_beginning(recipe: Recipe, origin: str) -> None:
@@ -167,7 +195,10 @@ def make_absolute(recipe: Recipe) -> None:
         recipe.run.start_from = _absolute(recipe.run.start_from)
     if recipe.model.module is not None:
         recipe.model.module = _absolute(recipe.model.module)
-    for source in recipe.data.sources:
+    if recipe.validation.hook is not None:
+        file, _, function = recipe.validation.hook.rpartition(":")
+        recipe.validation.hook = f"{_absolute(file)}:{function}"
+    for source in [*recipe.data.sources, *recipe.validation.sources]:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
         source.validation = [name if is_url(name) else _absolute(name) for name in source.validation]
         if source.chat_template is not None:

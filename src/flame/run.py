@@ -15,7 +15,6 @@ import numpy as np
 import orjson
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from flame import schema
 from flame.batch import Counts
@@ -25,20 +24,16 @@ from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
-from flame.errors import DataError, Exit, FlameError, ModelError
+from flame.errors import DataError, Exit, ModelError
 from flame.exports import export_finished, exporter_of
-from flame.kernels import compute_dtype, fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
-from flame.models.build import build_on_meta, initialize
-from flame.models.family import Family
+from flame.guest import Guest, build_guest
+from flame.held_out import make_validation
+from flame.kernels import fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
 from flame.models.flops import peak_flops
 from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
 from flame.models.matching import config_record, differing
-from flame.models.registry import family_of
 from flame.origin import begin_with, check_origin, in_words, model_config
-from flame.parallel.apply import apply_parallelism
-from flame.parallel.fsdp import settle
-from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
@@ -52,14 +47,11 @@ from flame.train.checkpoint import (
 )
 from flame.train.exporter import remove_unfinished
 from flame.train.groups import FILE as GROUPS_FILE
-from flame.train.groups import group_parameters
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
-from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
-from flame.train.optimizer import Optimizers, build_optimizer
 from flame.train.schedule import Schedule
-from flame.train.shards import Shards, WholeModel
+from flame.train.validation import Validation
 
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
@@ -129,6 +121,9 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, world, saved)
+    validation = make_validation(
+        recipe, world, guest.with_loss, guest.model, data.catalog, data.plan, rows[0]
+    )
     begin(recipe, world, guest, saved)
     if tuner is not None:
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
@@ -136,9 +131,12 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
         screen = Screen(total, saved.progress.step)
+    if validation is not None:
+        validation.journal = journal
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
-            return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
+            job = make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen, validation)
+            return train(job)
         finally:
             if journal is not None and screen is not None:
                 screen.close()
@@ -196,71 +194,6 @@ def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved)
     ):
         return saved.micro_batch_rows
     return fresh_micro_batch_rows(recipe, plan, world.size, world.device)
-
-
-# --------------------------------------------------------------------------------------- model
-
-
-@dataclass(frozen=True)
-class Guest:
-    """The model as this rank holds it, and how to train it."""
-
-    config: Any
-    family: Family
-    model: nn.Module  # as transformers knows it; its parameters are sharded
-    with_loss: LossModule
-    shards: Shards
-    optimizer: Optimizers
-    compute: torch.dtype
-
-
-def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
-    """The model, parallelised, with its initial weights and its optimizer."""
-    origin = recipe.model.module or recipe.model.config or str(recipe.model.init_from)
-    family = family_of(config)
-    if catalog.vocab_size > config.vocab_size:
-        raise ModelError(
-            f"{origin}: vocab_size is {config.vocab_size}, but the tokenizer "
-            f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
-        )
-    compute = compute_dtype(recipe, world.device)
-    if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
-        torch.set_float32_matmul_precision("high")
-    model = build_model(origin, config)
-    groups = group_parameters(
-        recipe.optimizer,
-        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        undecayed=family.no_weight_decay(model),
-        matrices=family.matrices(model),
-        embeddings=family.embeddings(model),
-    )
-    with_loss = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
-    layout = resolve_layout(recipe.parallel, world.size)
-    mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
-    on_gpu = world.device.type == "cuda"
-    apply_parallelism(
-        with_loss,
-        [block for _, block in family.blocks(model)],
-        mesh,
-        compute=compute,
-        compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
-    )
-    initialize(model, config, recipe.run.seed, world.device)
-    settle(with_loss)
-    shards = Shards(model) if mesh is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute)
-
-
-def build_model(path: str, config: Any) -> nn.Module:
-    """The model on meta. Raises ModelError where its own code refuses the config."""
-    try:
-        return build_on_meta(config)
-    except FlameError:
-        raise
-    except Exception as error:  # a guest's constructor raises whatever it likes
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{path}: the model cannot be built from this config: {reason}; mend it") from error
 
 
 # -------------------------------------------------------------------------------------- resume
@@ -344,6 +277,7 @@ def make_job(
     rows: list[int],
     journal: Journal | None,
     screen: Screen | None,
+    validation: Validation | None,
 ) -> Job:
     """Puts the pieces into the loop's hands."""
     per = guest.family.flops(guest.config)
@@ -383,6 +317,7 @@ def make_job(
             journal=journal,
             screen=screen,
         ),
+        validation=validation,
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         progress=saved.progress,

@@ -148,7 +148,10 @@ class Lane:
 
     def _take_to_cut(self, stage: Stage, size: int) -> Laid:
         """Rows without padding; where the lane ends, the last one may have some."""
-        pieces = self._take_turns(stage, size * stage.sequence_length)
+        need = size * stage.sequence_length
+        if self.plan.most_tokens is not None:
+            need = min(need, self.plan.most_tokens - sum(stream.cursor.tokens for stream in self.streams))
+        pieces = self._take_turns(stage, need)
         length, tokens = stage.sequence_length, int(pieces.length.sum())
         rows = min(size, -(-tokens // length))
         padding = rows * length - tokens

@@ -74,16 +74,16 @@ class Tokenizer:
     ) -> None:
         """`decode`: ids to text, special tokens left out. `special`: how the special tokens are spelled.
         `inner`: what a tokenizer.json describes."""
-        self._inner = inner
+        self.inner = inner
         self.encoder, self._decode, self._file_hash = encoder, decode, file_hash
         self.vocab_size, self.eos_id, self.bos_id, self.special = vocab_size, eos_id, bos_id, special
 
     @cached_property
     def chats(self) -> ChatEncoder:
         """Encodes conversations. Raises RecipeError where there is no tokenizer.json."""
-        if self._inner is None:
+        if self.inner is None:
             raise RecipeError(f"data.sources: chat needs a tokenizer with a {FILE_NAME}")
-        return ChatEncoder(self._inner, self.eos_id, self.bos_id, split_text)
+        return ChatEncoder(self.inner, self.eos_id, self.bos_id, split_text)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each whole text's ids with EOS (and BOS): int32 [tokens], views of one array."""

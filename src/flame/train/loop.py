@@ -27,6 +27,7 @@ from flame.train.optimizer import set_learning_rate
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
 from flame.train.step import train_step
+from flame.train.validation import Validation
 
 COLLECT_STEPS = 50
 
@@ -86,6 +87,7 @@ class Job:
     exporter: Exporter
     export_every: Duration | None
     meter: Meter
+    validation: Validation | None
     skip_log: SkipLog
     rank: int
     progress: Progress
@@ -106,6 +108,8 @@ def train(job: Job) -> Exit:
         return finish(job, None, "there was no step to make")
     clock = SaveClock(job.checkpoint_every)
     coming = Coming.fetch(job, clock)
+    if job.validation is not None and job.validation.at_start and job.progress.step == 0:
+        job.validation.run(0, 0)
     job.meter.start()
 
     with collector_at_rest() as collect:
@@ -155,6 +159,9 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
+        problem = validate(job, tokens_before)
+        if problem is not None:
+            return leave(job, trained, problem)
         export = job.export_every is not None and crossed(job.export_every, job.progress, tokens_before)
         if export:
             job.exporter.want(step)
@@ -206,6 +213,8 @@ class Coming:
             rows = job.rows.next_step()
         except DataError as error:
             failure = error
+        if job.validation is not None and failure is None:
+            failure = job.validation.failure()
         save_now = job.rank == 0 and clock.due()
         proposal = job.agreement.propose(
             rows, save=save_now, stop=job.should_stop(), failed=failure is not None
@@ -262,6 +271,25 @@ def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
         event(job.run, "record_skipped", step=job.progress.step, records=skipped)
 
 
+def validate(job: Job, tokens_before: int, *, last: bool = False) -> DataError | None:
+    """Validates where the step just made asks for it, or the run's end. Its time is no training's.
+
+    Returns what all ranks raise where the set cannot be read.
+    """
+    validation, progress = job.validation, job.progress
+    if validation is None:
+        return None
+    validation.prepare()  # from the first step on, so that this does not wait for it
+    due = last or crossed(validation.every, progress, tokens_before)
+    if not due or validation.last_step == progress.step:
+        return None
+    try:
+        job.meter.pause(validation.run(progress.step, progress.tokens))
+    except DataError as error:
+        return error
+    return None
+
+
 def save(job: Job, trained: StepRows) -> None:
     """Begins a checkpoint of the step just made. All ranks call it at the same step."""
     job.progress.updates_skipped = job.meter.updates_skipped()
@@ -287,7 +315,10 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     """The last checkpoint, then the end. Raises DataError where the data held nothing to train."""
     if job.progress.step == 0 and not is_last(job, 0):
         raise DataError("no source holds any text that could be trained; see logs/skipped-records.jsonl")
+    problem = validate(job, job.progress.tokens, last=True)
     save_last(job, trained)
+    if problem is not None:
+        raise problem
     job.exporter.finish(job.progress.step)
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)

@@ -14,6 +14,8 @@ from flame.batch import IGNORED, Batch
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
 
+# What is made of the states before the head, [n, d], the head, and the labels, [n]
+Reading = Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor]
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -32,14 +34,17 @@ class LossModule(nn.Module):
         self._penalties: list[torch.Tensor] = []  # since they were last taken
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, read: Reading | None = None) -> torch.Tensor:
         """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar. With `z_loss` its
-        gradient is that of cross-entropy and penalty; `take_penalty` has the penalty's value."""
+        gradient is that of cross-entropy and penalty; `take_penalty` has the penalty's value. `read`: what
+        it makes of the same states instead."""
         # a bound that is nearly always the same: compiled blocks take it for a constant
         longest = 1 << (batch.longest_segment - 1).bit_length()
         states = self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
         head = cast("nn.Linear", self._head)
         flat, labels = states.reshape(-1, states.shape[-1]), batch.labels.reshape(-1)
+        if read is not None:
+            return read(flat, head, labels)
         if self._z_loss and torch.is_grad_enabled():
             loss, squares = cross_entropy_and_squares(flat, head.weight, head.bias, labels)
             penalty = self._z_loss * squares
@@ -93,6 +98,18 @@ def _over_chunks(
         return sums(states, labels)
     parts = [cast("torch.Tensor", checkpoint(sums, s, target, use_reentrant=False)) for s, target in pairs]
     return torch.stack(parts).sum(0)
+
+
+def token_losses(states: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each label, 0 where it is masked: float32 [n]. A `Reading`."""
+    pairs = zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+    parts = [
+        F.cross_entropy(
+            F.linear(part, head.weight, head.bias).float(), target, ignore_index=IGNORED, reduction="none"
+        )
+        for part, target in pairs
+    ]
+    return torch.cat(parts)
 
 
 def fused_cross_entropy(

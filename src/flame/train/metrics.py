@@ -74,6 +74,10 @@ class Meter:
         self._data_seconds += wait_seconds
         self._skipped += ~result.grad_norm.isfinite()
 
+    def pause(self, seconds: float) -> None:
+        """Leaves some seconds that were no training out of the interval."""
+        self._began += seconds
+
     def updates_skipped(self) -> int:
         """Updates left out since the run began because a gradient was not finite."""
         return int(self._skipped.item())
