@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flame.batch import Row
-from flame.data.catalog import open_catalog
+from flame.data.catalog import Catalog, open_catalog
+from flame.data.plan import DataPlan
 from flame.data.preview import preview as read_rows
 from flame.data.tokens import Tokenizer
-from flame.data.validation import row_limit, validation_data
+from flame.data.validation import open_validation, rows_of
 from flame.errors import Exit, RecipeError
-from flame.recipe import read_recipe
+from flame.recipe import Recipe, read_recipe
 
 SHOWN_CHARACTERS = 60  # of each segment's text, in tables
 
@@ -35,17 +36,24 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str
         raise RecipeError(f"--ranks: found {ranks}, expected at least 1")
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     tokenizer = catalog.load_tokenizer()
-    most = None
-    if split == "validation":
-        catalog, plan = validation_data(catalog, plan)
-        most = row_limit(plan, recipe.validation.tokens)
-    for step, all_rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):
-        rows = [row for row in all_rows if most is None or row.index < most]
+    found = read_rows(catalog, plan, wanted, ranks)
+    if split == "validation":  # one rank reads the set for all
+        found = held_out_rows(recipe, catalog, plan, wanted)
+    for step, rows in zip(wanted, found, strict=True):
         if as_json:
             print(json.dumps(step_as_json(step, rows)), flush=True)
         else:
             show_step(step, rows, tokenizer)
     return Exit.DONE
+
+
+def held_out_rows(recipe: Recipe, catalog: Catalog, plan: DataPlan, steps: range) -> Iterator[list[Row]]:
+    """The validation rows, as many at a time as a training step has; none where there are no more."""
+    opened = open_validation(recipe.validation, recipe.data, recipe.tokenizer, catalog, plan, Path())
+    size = plan.stages[0].rows_per_step
+    rows = islice(rows_of(*opened), steps.start * size, steps.stop * size)
+    for _ in steps:
+        yield list(islice(rows, size))
 
 
 def parse_steps(text: str) -> range:

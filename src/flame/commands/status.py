@@ -8,6 +8,7 @@ from typing import Any
 
 from flame.errors import Exit
 from flame.recipe import run_recipe
+from flame.report.history import validations
 from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
 
@@ -35,6 +36,8 @@ def status(run: str) -> Exit:
         print(f"  speed        {last['tokens_per_second']:,.0f} tokens/s")
         if last["records_skipped"] or last["updates_skipped"]:
             print(f"  skipped      {last['records_skipped']} records, {last['updates_skipped']} updates")
+    if validated := validations(events):
+        print(f"  validation   {in_a_line(validated[-1])}")
     steps = saved_steps(path)
     print(f"  checkpoints  {', '.join(f'step {s}' for s in steps) if steps else 'none yet'}")
     counts: dict[str, int] = {}
@@ -42,6 +45,19 @@ def status(run: str) -> Exit:
         counts[entry["event"]] = counts.get(entry["event"], 0) + 1
     print(f"  events       {', '.join(f'{name} {n}' for name, n in sorted(counts.items())) or 'none'}")
     return Exit.DONE
+
+
+def in_a_line(validation: dict[str, Any]) -> str:
+    """The last validation: in all, and the loss of each source where there are several."""
+    figures = [f"loss {number(validation['loss'])}", f"{number(validation['bits_per_byte'])} bits per byte"]
+    sources = validation["sources"]
+    each = [f"{name} {number(source['loss'])}" for name, source in sources.items() if len(sources) > 1]
+    return f"step {validation['step']}: {', '.join([*figures, *each])}"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or that there is none."""
+    return "none" if value is None else f"{value:.4f}"
 
 
 def described(source: dict[str, int]) -> str:
