@@ -35,7 +35,8 @@ from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
-from flame.parallel.support import check_layout
+from flame.parallel.support import check_layout, check_lengths
+from flame.parallel.tensor import divide
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
@@ -220,6 +221,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         )
     layout = resolve_layout(recipe.parallel, world.size)
     check_layout(family, config, layout)
+    check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
@@ -233,6 +235,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         meshes,
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
+        divide=lambda mesh: with_loss.divide_vocabulary(divide(model, family, mesh)),
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)

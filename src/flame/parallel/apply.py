@@ -1,8 +1,8 @@
-"""The parallelisms, applied to a model built on meta, in their one order: compile, then shard."""
+"""The parallelisms, applied to a model built on meta, in their one order: tensor, compile, shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 from flame.parallel.fsdp import shard
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from flame.parallel.mesh import Meshes
 
 
@@ -21,9 +23,13 @@ def apply_parallelism(
     *,
     compute: torch.dtype,
     compile_blocks: bool,
+    divide: Callable[[DeviceMesh], None] | None = None,
 ) -> None:
-    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank."""
+    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
+    `divide` applies the model's tensor plan on the tensor mesh."""
     blocks = list(blocks)
+    if meshes is not None and meshes.tensor is not None and divide is not None:
+        divide(meshes.tensor)
     if compile_blocks:
         for block in blocks:
             compile_block(block)

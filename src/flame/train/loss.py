@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
+from flame.parallel.exchange import Exchange
+from flame.parallel.vocabulary import vocabulary_cross_entropy
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
 
+# states [n, d], the head's weight and bias, labels [n]
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -28,6 +33,7 @@ class LossModule(nn.Module):
         self.guest = guest
         self._hidden = hidden
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
+        self.cross_entropy: CrossEntropy = cross_entropy
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar."""
@@ -36,9 +42,20 @@ class LossModule(nn.Module):
         states = self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
         head = cast("nn.Linear", self._head)
         flat, labels = states.reshape(-1, states.shape[-1]), batch.labels.reshape(-1)
-        if flat.is_cuda:
-            return fused_cross_entropy(flat, head.weight, head.bias, labels)
-        return chunked_cross_entropy(flat, head.weight, head.bias, labels)
+        return self.cross_entropy(flat, head.weight, head.bias, labels)
+
+    def divide_vocabulary(self, exchange: Exchange) -> None:
+        """The head's weights, divided already, are this rank's part of the vocabulary."""
+        first = exchange.rank * -(-cast("nn.Linear", self._head).out_features // exchange.size)
+        self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
+
+
+def cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy of `states [n, d] @ weight.T` against `labels [n]`, by the device."""
+    function = fused_cross_entropy if states.is_cuda else chunked_cross_entropy
+    return function(states, weight, bias, labels)
 
 
 def chunked_cross_entropy(
