@@ -36,7 +36,6 @@ from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
 from flame.parallel.support import check_layout, check_lengths
-from flame.parallel.tensor import divide
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
@@ -50,7 +49,7 @@ from flame.train.checkpoint import (
 )
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
-from flame.train.loss import LossModule
+from flame.train.loss import LossModule, divide_with_loss
 from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
 from flame.train.schedule import Schedule
@@ -123,7 +122,8 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     rows = micro_batch_rows(recipe, data.plan, guest.layout, world.device, saved)
     begin(recipe, world, guest, saved)
     if tuner is not None:
-        rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
+        shapes = shapes_of(data.plan, rows)
+        rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes, guest.layout.tensor)
     journal, screen = None, None
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
@@ -235,7 +235,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         meshes,
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
-        divide=lambda mesh: with_loss.divide_vocabulary(divide(model, family, mesh)),
+        divide=lambda exchange: divide_with_loss(with_loss, family, exchange),
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)

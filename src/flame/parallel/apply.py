@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flame.parallel.exchange import Exchange
 from flame.parallel.fsdp import shard
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from flame.parallel.mesh import Meshes
 
 
@@ -23,13 +22,13 @@ def apply_parallelism(
     *,
     compute: torch.dtype,
     compile_blocks: bool,
-    divide: Callable[[DeviceMesh], None] | None = None,
+    divide: Callable[[Exchange], None] | None = None,
 ) -> None:
     """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
-    `divide` applies the model's tensor plan on the tensor mesh."""
+    `divide` applies the model's tensor plan."""
     blocks = list(blocks)
     if meshes is not None and meshes.tensor is not None and divide is not None:
-        divide(meshes.tensor)
+        divide(Exchange(meshes.tensor))
     if compile_blocks:
         for block in blocks:
             compile_block(block)

@@ -21,6 +21,8 @@ class Exchange:
     """The tensor ranks, as one of them sees them. Every rank of the mesh makes the same calls in the same
     order."""
 
+    mesh: DeviceMesh | None
+
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.group = mesh.get_group()
@@ -42,10 +44,43 @@ class Exchange:
         """The sum of all ranks' tensors, of which each goes on with its own; backward, the sum as well."""
         return cast("Tensor", _Total.apply(partial, self.group))
 
+    def sums(self, partial: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, without a gradient."""
+        return summed(partial, self.group)
+
+    def maxima(self, own: Tensor) -> Tensor:
+        """The largest of all ranks' numbers, place by place, without a gradient."""
+        out = own.clone()
+        dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        return out
+
     def mine(self, whole: Tensor, dim: int = 1) -> Tensor:
         """This rank's part along `dim` of what every rank has."""
         length = whole.shape[dim] // self.size
         return whole.narrow(dim, length * self.rank, length)
+
+
+class Alone(Exchange):
+    """Stands for the exchange of the first of `size` ranks where there are no others: tensors get their
+    shapes, not their values, which is all that preparing kernels needs."""
+
+    def __init__(self, size: int) -> None:
+        self.mesh, self.size, self.rank = None, size, 0
+
+    def whole(self, part: Tensor, dim: int = 1) -> Tensor:
+        return torch.cat([part] * self.size, dim)
+
+    def parts(self, partial: Tensor, dim: int = 1) -> Tensor:
+        return self.mine(partial, dim)
+
+    def total(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def sums(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def maxima(self, own: Tensor) -> Tensor:
+        return own
 
 
 F = TypeVar("F", bound=Callable[..., Tensor])

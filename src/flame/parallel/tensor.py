@@ -14,7 +14,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from math import gcd
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from flame.models.family import Family
 from flame.models.tensor_plan import UNITS, Part, Unit
 from flame.parallel.exchange import Exchange
 from flame.parallel.wide import headed, widen
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Reader = Callable[[Tensor], Tensor]
 
@@ -40,12 +37,11 @@ def units(model: nn.Module) -> Iterator[tuple[str, Any, Unit]]:
             yield name, module, unit
 
 
-def divide(model: nn.Module, family: Family, mesh: DeviceMesh) -> Exchange:
-    """Divides a model on meta over the ranks of `mesh`, in place; its parameters keep their names and global
-    shapes. The plan must fit (`parallel.support`)."""
+def divide(model: nn.Module, family: Family, exchange: Exchange) -> None:
+    """Divides a model on meta over the ranks of `exchange`, in place; its parameters keep their names and
+    global shapes. The plan must fit (`parallel.support`)."""
     plan = family.tensor
     assert plan is not None
-    exchange = Exchange(mesh)
     dims: dict[int, int] = {}  # the dimension that a parameter is sharded on, by its id
     readers: dict[int, Reader] = {}  # how this rank reads its part, where that is not simply the part
     for _, module, unit in units(model):
@@ -66,7 +62,6 @@ def divide(model: nn.Module, family: Family, mesh: DeviceMesh) -> Exchange:
     _after(model.get_submodule(plan.norm), exchange.whole)
     if plan.positions is not None:
         _after(model.get_submodule(plan.positions), exchange.mine)
-    return exchange
 
 
 # ----------------------------------------------------------------------------------- parameters
@@ -176,6 +171,8 @@ def _sharded(parameter: nn.Parameter, dim: int | None, exchange: Exchange) -> nn
     if dim is not None:
         step = -(-shape[dim] // exchange.size)
         shape[dim] = max(0, min(step, shape[dim] - step * exchange.rank))
+    if exchange.mesh is None:
+        return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
     tensor = DTensor.from_local(
         parameter.new_empty(shape),
         exchange.mesh,
@@ -202,9 +199,9 @@ def _reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 def _read(module: Any, name: str) -> Tensor:
     parameter = module._parameters[name]
-    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # sharded over data ranks, too
+    if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1:  # sharded over data ranks, too
         return parameter
-    part = parameter.to_local()
+    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     reader = module._readers[name]
     return part if reader is None else reader(part)
 

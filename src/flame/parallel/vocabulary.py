@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -52,16 +51,14 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, first: int, exchange: Exchange
     ) -> tuple[Tensor, Tensor]:
-        maxima = logits.amax(-1).float()
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=exchange.group)
+        maxima = exchange.maxima(logits.amax(-1).float())
         shifted = logits.float() - maxima[:, None]
         own = labels - first
         mine = (own >= 0) & (own < logits.shape[-1])
         own = own.masked_fill(~mine, 0)
         wanted = shifted.gather(-1, own[:, None])[:, 0] * mine
         exponentials = shifted.exp_()
-        sums = torch.stack([exponentials.sum(-1), wanted])
-        dist.all_reduce(sums, group=exchange.group)
+        sums = exchange.sums(torch.stack([exponentials.sum(-1), wanted]))
         normaliser = sums[0].log()
         ctx.save_for_backward(exponentials.div_(sums[0][:, None]), own, mine)
         ctx.dtype = logits.dtype

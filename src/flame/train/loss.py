@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
+from flame.models.family import Family
 from flame.parallel.exchange import Exchange
+from flame.parallel.tensor import divide
 from flame.parallel.vocabulary import vocabulary_cross_entropy
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
@@ -48,6 +50,12 @@ class LossModule(nn.Module):
         """The head's weights, divided already, are this rank's part of the vocabulary."""
         first = exchange.rank * -(-cast("nn.Linear", self._head).out_features // exchange.size)
         self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
+
+
+def divide_with_loss(model: LossModule, family: Family, exchange: Exchange) -> None:
+    """Divides a model on meta, and its loss, over tensor ranks (`parallel.tensor`)."""
+    divide(model.guest, family, exchange)
+    model.divide_vocabulary(exchange)
 
 
 def cross_entropy(
