@@ -90,7 +90,14 @@ def test_four_tensor_ranks_train_the_same(name, write_recipe, tmp_path: Path, mo
     train_and_compare(write_recipe, tmp_path, name, {"tensor": 4})
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_on_tensor_ranks(write_recipe, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(MODELS, "llama", settings("llama", num_hidden_layers=1))
+    monkeypatch.setitem(ONCE, "[tokenizer]", "compile = true\n[tokenizer]")
+    train_and_compare(write_recipe, tmp_path, "llama", {"tensor": 2})
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_vocabulary_that_does_not_divide_trains_the_same(tied, write_recipe, tmp_path: Path, monkeypatch):
     values = settings("llama", vocab_size=385, tie_word_embeddings=tied, pad_token_id=380)
     monkeypatch.setitem(MODELS, "llama", values)

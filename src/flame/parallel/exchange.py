@@ -85,7 +85,11 @@ class Alone(Exchange):
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
-_torch: Any = dist  # torch 2.13 has new names for two of these, 2.11 only the old ones
+# torch 2.13 warns at the old names, 2.11 has no others
+_torch: Any = dist
+_new = hasattr(dist, "all_gather_single")
+_all_gather = _torch.all_gather_single if _new else _torch.all_gather_into_tensor
+_reduce_scatter = _torch.reduce_scatter_single if _new else _torch.reduce_scatter_tensor
 
 
 def _eager(function: F) -> F:
@@ -99,7 +103,7 @@ def join(part: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """All ranks' equal parts, in the order of ranks, joined along `dim`."""
     size = dist.get_world_size(group)
     out = part.new_empty((size * part.shape[0], *part.shape[1:]))
-    _torch.all_gather_into_tensor(out, part.contiguous(), group=group)
+    _all_gather(out, part.contiguous(), group=group)
     return out if dim == 0 else out.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -111,7 +115,7 @@ def sum_parts(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
         raise ValueError(f"{whole.shape[dim]} along dimension {dim} do not divide into {size} parts")
     ordered = whole.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     out = torch.empty_like(ordered[0])
-    _torch.reduce_scatter_tensor(out, ordered.flatten(0, 1), group=group)
+    _reduce_scatter(out, ordered.flatten(0, 1), group=group)
     return out
 
 
