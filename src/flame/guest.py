@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flame.data.catalog import Catalog
-from flame.errors import FlameError, ModelError
+from flame.errors import FlameError, ModelError, RecipeError
 from flame.kernels import compute_dtype
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
@@ -17,11 +17,11 @@ from flame.models.registry import family_of
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
-from flame.parallel.support import check_layout
+from flame.parallel.support import check_layout, check_lengths
 from flame.parallel.world import World
 from flame.recipe import Recipe
 from flame.train.groups import group_parameters
-from flame.train.loss import LossModule
+from flame.train.loss import LossModule, divide_with_loss
 from flame.train.optimizer import Optimizers, build_optimizer
 from flame.train.shards import Shards, WholeModel
 
@@ -52,6 +52,8 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         )
     layout = resolve_layout(recipe.parallel, world.size)
     check_layout(family, config, layout)
+    check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
+    check_whole_vocabulary(recipe, layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
@@ -73,6 +75,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         compute=compute,
         compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
         memory=recipe.memory,
+        divide=lambda exchange: divide_with_loss(with_loss, family, exchange),
     )
     initialize(model, config, recipe.run.seed, world.device)
     settle(with_loss)
@@ -80,6 +83,17 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
     place = layout.place(world.rank)
     return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
+
+
+def check_whole_vocabulary(recipe: Recipe, layout: Layout) -> None:
+    """Refuses what reads whole rows of logits where tensor ranks share the vocabulary. Raises RecipeError."""
+    asking = {"loss.z_loss": recipe.loss.z_loss > 0, "validation": recipe.validation.every is not None}
+    for name, wanted in asking.items():
+        if layout.tensor > 1 and wanted:
+            raise RecipeError(
+                f"{name}: needs the whole vocabulary on each rank, which parallel.tensor = {layout.tensor} "
+                "divides; leave one of them out, or use parallel.shard"
+            )
 
 
 def build_model(path: str, config: Any) -> nn.Module:

@@ -122,13 +122,19 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def rehearse(
-    tuner: Tuner, world: World, family: Family, config: Any, compute: torch.dtype, shapes: list[Shape]
+    tuner: Tuner,
+    world: World,
+    family: Family,
+    config: Any,
+    compute: torch.dtype,
+    shapes: list[Shape],
+    tensor_ranks: int,
 ) -> None:
     """Sends all that the first step needs to be compiled, on one rank of each node."""
     if world.local_rank != 0:
         return
     begun = time.monotonic()
-    list_kernels(tuner, world.device, family, config, compute, shapes)
+    list_kernels(tuner, world.device, family, config, compute, shapes, tensor_ranks)
     if world.rank == 0 and tuner.compiler.compiled:
         print(
             f"compiling {tuner.compiler.compiled} kernel candidates in {tuner.compiler.processes} processes "
@@ -138,13 +144,21 @@ def rehearse(
 
 
 def list_kernels(
-    tuner: Tuner, device: torch.device, family: Family, config: Any, compute: torch.dtype, shapes: list[Shape]
+    tuner: Tuner,
+    device: torch.device,
+    family: Family,
+    config: Any,
+    compute: torch.dtype,
+    shapes: list[Shape],
+    tensor_ranks: int,
 ) -> None:
     """Runs a thinned model without launching a kernel, so that they are compiled in the background. A model
     whose code does not stand it is left to be compiled as it runs."""
     try:
         # blocks that torch compiles call their kernels through inductor, which compiles in parallel by itself
-        model, _ = small_model(config, family, compute, device, compile_blocks=False)
+        model, _ = small_model(
+            config, family, compute, device, compile_blocks=False, tensor_ranks=tensor_ranks
+        )
         with tuner.rehearsing():
             for shape in dict.fromkeys(shapes):
                 batch = made_up_batch(shape.rows, shape.length, shape.longest, config.vocab_size, device)
@@ -206,9 +220,13 @@ def _train_thinned(recipe: Recipe, config: Any, tuner: Tuner, ranks: int, begun:
         torch.set_float32_matmul_precision("high")
     compiled = family.compiles if recipe.model.compile is None else recipe.model.compile
     plan = recipe.plan
-    shapes = list(dict.fromkeys(shapes_of(plan, fresh_micro_batch_rows(recipe, plan, ranks, device))))
-    list_kernels(tuner, device, family, config, compute, shapes)
-    model, shards = small_model(config, family, compute, device, compile_blocks=compiled)
+    tensor_ranks = recipe.parallel.tensor
+    rows = fresh_micro_batch_rows(recipe, plan, max(1, ranks // tensor_ranks), device)
+    shapes = list(dict.fromkeys(shapes_of(plan, rows)))
+    list_kernels(tuner, device, family, config, compute, shapes, tensor_ranks)
+    model, shards = small_model(
+        config, family, compute, device, compile_blocks=compiled, tensor_ranks=tensor_ranks
+    )
     # the recipe's own optimizer has no kernels to prepare, and its patterns may name layers that are not here
     groups = group_parameters(
         OptimizerConfig(),

@@ -127,7 +127,8 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     )
     begin(recipe, world, guest, saved)
     if tuner is not None:
-        rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
+        shapes = shapes_of(data.plan, rows)
+        rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes, guest.layout.tensor)
     journal, screen = None, None
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
+from models.small_models import SMALL
 from small_recipes import MODELS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -37,6 +39,17 @@ def test_a_thinned_model_trains_on_a_made_up_batch() -> None:
     loss = forward_backward(model, made_up_batch(2, 64, 40, config.vocab_size, CPU))
     assert 0 < loss < 128 * 12
     assert all(piece.parameter.grad is None for piece in shards.pieces)
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2", "hgrn2", "retnet", "rwkv7", "phi3", "gpt2", "llama-tied"])
+def test_a_thinned_model_has_the_shapes_of_one_of_several_tensor_ranks(name: str) -> None:
+    config = SMALL[name]
+    family = family_of(config)
+    _, undivided = small_model(config, family, torch.float32, CPU, compile_blocks=False)
+    model, shards = small_model(config, family, torch.float32, CPU, compile_blocks=False, tensor_ranks=2)
+    whole, part = (sum(piece.local.numel() for piece in s.pieces) for s in (undivided, shards))
+    assert whole / 2 < part < 0.7 * whole
+    assert 0 < forward_backward(model, made_up_batch(2, 64, 40, config.vocab_size, CPU)) < 128 * 12
 
 
 def test_the_random_numbers_of_training_are_left_as_they_were() -> None:

@@ -49,7 +49,7 @@ def support(family: Family) -> Support:
         trains="yes",
         packed_rows_proven="yes",
         sharded="yes",
-        tensor_parallel="yes" if family.tensor else "no",
+        tensor_parallel="yes" if family.tensor is not None else "no",
         pipeline_parallel="yes" if family.pipeline else "no",
         context_parallel="yes" if family.context else "no",
         compile="yes" if family.compiles else "not tried",

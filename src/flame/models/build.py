@@ -115,7 +115,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
     for (first, first_name), *others in places.values():
         for module, name in others:
-            cast("Any", module)._parameters[name] = getattr(first, first_name)
+            cast("Any", module)._parameters[name] = cast("Any", first)._parameters[first_name]
 
 
 def _fill(unit: nn.Module, device: torch.device) -> None:

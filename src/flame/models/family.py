@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flame.models import cpu
 from flame.models.flops import FlopCount
+from flame.models.tensor_plan import TensorPlan
 from flame.models.zoo import quiet
 
 Block = tuple[str, nn.Module]
@@ -63,7 +64,7 @@ class Family:
     source: Literal["fla", "transformers", "a file"] = "fla"
     make: Callable[[Any], nn.Module] | None = None  # builds on meta; None: through transformers
     cached: bool = True  # token by token with a cache it gives what it gives in parallel
-    tensor: bool = False  # its blocks' matrices can lie on several ranks
+    tensor: TensorPlan | None = None  # how its blocks' matrices can lie on several ranks
     context: bool = False  # its rows can lie on several ranks
     pipeline: bool = False  # its blocks can lie on several ranks
     gpu: bool = False  # has been run on a GPU, with its kernels, against the same checks

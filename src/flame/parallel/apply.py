@@ -1,14 +1,15 @@
-"""The parallelisms, applied to a model built on meta, in their one order: recompute, compile, shard."""
+"""The parallelisms, applied to a model built on meta, in one order: tensor, recompute, compile, shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from flame.parallel.config import MemoryConfig
+from flame.parallel.exchange import Exchange
 from flame.parallel.fsdp import shard
 from flame.parallel.recompute import recompute_block
 
@@ -24,9 +25,13 @@ def apply_parallelism(
     compute: torch.dtype,
     compile_blocks: bool,
     memory: MemoryConfig,
+    divide: Callable[[Exchange], None] | None = None,
 ) -> None:
-    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank."""
+    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
+    `divide` applies the model's tensor plan."""
     blocks = list(blocks)
+    if meshes is not None and meshes.tensor is not None and divide is not None:
+        divide(Exchange(meshes.tensor))
     if memory.recompute != "none":
         for block in blocks[:: memory.recompute_every]:
             recompute_block(block, memory.recompute)

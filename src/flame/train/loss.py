@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
+from flame.models.family import Family
+from flame.parallel.exchange import Exchange
+from flame.parallel.tensor import divide
+from flame.parallel.vocabulary import vocabulary_cross_entropy
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
 
 # What is made of the states before the head, [n, d], the head, and the labels, [n]
 Reading = Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor]
+# states [n, d], the head's weight and bias, labels [n]
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -33,6 +40,7 @@ class LossModule(nn.Module):
         self._z_loss = z_loss
         self._penalties: list[torch.Tensor] = []  # since they were last taken
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
+        self.cross_entropy: CrossEntropy = cross_entropy
 
     def forward(self, batch: Batch, read: Reading | None = None) -> torch.Tensor:
         """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar. With `z_loss` its
@@ -50,14 +58,31 @@ class LossModule(nn.Module):
             penalty = self._z_loss * squares
             self._penalties.append(penalty.detach())
             return loss + (penalty - penalty.detach())
-        if flat.is_cuda:
-            return fused_cross_entropy(flat, head.weight, head.bias, labels)
-        return chunked_cross_entropy(flat, head.weight, head.bias, labels)
+        return self.cross_entropy(flat, head.weight, head.bias, labels)
 
     def take_penalty(self) -> torch.Tensor | None:
         """The penalty over the micro-batches since it was last taken, a float64 scalar; None without one."""
         taken, self._penalties = self._penalties, []
         return torch.stack(taken).double().sum() if taken else None
+
+    def divide_vocabulary(self, exchange: Exchange) -> None:
+        """The head's weights, divided already, are this rank's part of the vocabulary."""
+        first = exchange.rank * -(-cast("nn.Linear", self._head).out_features // exchange.size)
+        self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
+
+
+def divide_with_loss(model: LossModule, family: Family, exchange: Exchange) -> None:
+    """Divides a model on meta, and its loss, over tensor ranks (`parallel.tensor`)."""
+    divide(model.guest, family, exchange)
+    model.divide_vocabulary(exchange)
+
+
+def cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy of `states [n, d] @ weight.T` against `labels [n]`, by the device."""
+    function = fused_cross_entropy if states.is_cuda else chunked_cross_entropy
+    return function(states, weight, bias, labels)
 
 
 def chunked_cross_entropy(

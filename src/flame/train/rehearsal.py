@@ -17,7 +17,8 @@ from flame.models.build import build_on_meta
 from flame.models.family import Family
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.config import MemoryConfig
-from flame.train.loss import LossModule
+from flame.parallel.exchange import Alone
+from flame.train.loss import LossModule, divide_with_loss
 from flame.train.shards import WholeModel
 
 DOCUMENT_TOKENS = (37, 700, 150, 2000, 64, 1200, 380)  # lengths of made-up documents, again and again
@@ -39,12 +40,21 @@ def thin(model: nn.Module, family: Family) -> nn.Module:
 
 
 def small_model(
-    config: Any, family: Family, compute: torch.dtype, device: torch.device, *, compile_blocks: bool
+    config: Any,
+    family: Family,
+    compute: torch.dtype,
+    device: torch.device,
+    *,
+    compile_blocks: bool,
+    tensor_ranks: int = 1,
 ) -> tuple[LossModule, WholeModel]:
-    """The thinned model with its loss, as one rank trains it; its values are of a common size."""
+    """The thinned model with its loss, as one rank of `tensor_ranks` trains it, with nobody to talk to; its
+    values are of a common size."""
     model = thin(build_on_meta(config), family)
     with_loss = LossModule(model, family.hidden, family.head(model))
     blocks = [block for _, block in family.blocks(model)]
+    if tensor_ranks > 1:
+        divide_with_loss(with_loss, family, Alone(tensor_ranks))
     apply_parallelism(
         with_loss, blocks, None, compute=compute, compile_blocks=compile_blocks, memory=MemoryConfig()
     )

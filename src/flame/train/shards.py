@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+
+TENSOR = "tp"  # torchtitan's name of the mesh dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,11 @@ class Shards:
             Piece(name, parameter, nn.Parameter(_plain(parameter), requires_grad=parameter.requires_grad))
             for name, parameter in model.named_parameters()
         ]
+        self._replicas: dict[dist.ProcessGroup, list[Piece]] = {}  # over tensor ranks
+        for piece in self.pieces:
+            group = _tensor_group(piece.parameter)
+            if group is not None:
+                self._replicas.setdefault(group, []).append(piece)
         self._alike: dict[tuple[dist.ProcessGroup, ...], list[Piece]] = {}
         for piece in self.pieces:
             self._alike.setdefault(_sharding_groups(piece.parameter), []).append(piece)
@@ -80,7 +87,19 @@ class Shards:
             piece.local.grad = gradient = piece.gradient()
             if gradient is not None:
                 gradients.append(gradient)
+        self._sum_replicas()
         return gradients
+
+    def _sum_replicas(self) -> None:
+        """What all tensor ranks have, each has used for its part of the work: gradients become their sums."""
+        for group, pieces in self._replicas.items():
+            gradients = [p.local.grad for p in pieces if p.local.grad is not None]
+            if not gradients:
+                continue  # the same ones on every rank of the group
+            flat = torch.cat([g.flatten().to(_precision(g.device)) for g in gradients])
+            dist.all_reduce(flat, group=group)
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def drop_gradients(self) -> None:
         for piece in self.pieces:
@@ -93,7 +112,7 @@ class Shards:
         CPUs the sums are float64, so that the shards' sizes do not show (see `parallel.fsdp.shard`).
         """
         device = self.pieces[0].local.device
-        precision = torch.float32 if device.type == "cuda" else torch.float64
+        precision = _precision(device)
         total = torch.zeros((), dtype=precision, device=device)
         for groups, pieces in self._alike.items():
             gradients = [p.local.grad for p in pieces if p.local.grad is not None]
@@ -117,7 +136,7 @@ class WholeModel(Shards):
     def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
         super().__init__(model)
         device = self.pieces[0].local.device
-        self._precision = torch.float32 if device.type == "cuda" else torch.float64
+        self._precision = _precision(device)
         self._sums: dict[int, torch.Tensor] = {}  # by the piece's number
         self._copied = compute != torch.float32
         if self._copied:
@@ -163,6 +182,11 @@ def clip(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> Non
     torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateUsage]
 
 
+def _precision(device: torch.device) -> torch.dtype:
+    """Of sums: on CPUs such that neither the number of ranks nor their order shows."""
+    return torch.float32 if device.type == "cuda" else torch.float64
+
+
 def _plain(parameter: nn.Parameter) -> torch.Tensor:
     tensor = parameter.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -172,5 +196,15 @@ def _sharding_groups(parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which the parameter's parts lie."""
     if not isinstance(parameter, DTensor):
         return ()
-    sharded = [d for d, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    sharded = [d for d, placement in enumerate(parameter.placements) if not placement.is_replicate()]
     return tuple(parameter.device_mesh.get_group(d) for d in sharded)
+
+
+def _tensor_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """The tensor ranks, where each has all of the parameter (`parallel.tensor`)."""
+    names = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else None
+    if names is None or TENSOR not in names:
+        return None
+    assert isinstance(parameter, DTensor)
+    dim = names.index(TENSOR)
+    return parameter.device_mesh.get_group(dim) if parameter.placements[dim].is_replicate() else None

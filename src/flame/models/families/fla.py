@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flame.models.families import forgetting, initial, mamba2
 from flame.models.families.recurrent import layer_flops
 from flame.models.family import Family, Initialize, own_rule
+from flame.models.tensor_plan import TensorPlan
 
 # the trainer computes the loss from hidden states, so fla's fused losses are off
 _SETTINGS = (
@@ -104,6 +105,7 @@ def _family(
     base: str = "model",
     compiles: bool = False,
     gpu: bool = False,
+    tables: tuple[tuple[str, int], ...] = (),
 ) -> Family:
     return Family(
         name=model_type,
@@ -119,8 +121,11 @@ def _family(
         undecayed=("lower_bounds", "x_bias", "bonus", "r_k"),  # HGRN's and RWKV's
         settings=_SETTINGS,
         gpu=gpu,
+        tensor=TensorPlan(norm=f"{base}.norm_f" if base == "backbone" else f"{base}.norm", tables=tables),
     )
 
+
+_LOWER_BOUNDS = (("model.lower_bounds", 1),)  # a layer's are divided as its channels are
 
 forgetting.install()
 mamba2.install()
@@ -135,8 +140,8 @@ FLA_FAMILIES: tuple[Family, ...] = (
     _family("mamba2", initialize=own_rule, refuses=_mamba2_refuses, base="backbone"),
     _family("retnet"),
     _family("linear_attn", hidden=_linear_attn_hidden, refuses=_refuses_but_mode),
-    _family("hgrn", refuses=_hgrn_refuses),
-    _family("hgrn2"),
+    _family("hgrn", refuses=_hgrn_refuses, tables=_LOWER_BOUNDS),
+    _family("hgrn2", tables=_LOWER_BOUNDS),
     _family("gsa"),
     _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses),
     _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses),

@@ -20,6 +20,7 @@ from flame.models.attention import PACKED
 from flame.models.families.leak import problem
 from flame.models.family import Family
 from flame.models.flops import FlopCount, matrix_flops
+from flame.models.tensor_plan import TensorPlan
 
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -70,6 +71,7 @@ def _family(
     refuses: Any = _refuses,
     compiles: bool = False,
     gpu: bool = False,
+    tensor: TensorPlan | None = None,
 ) -> Family:
     return Family(
         name=model_type,
@@ -85,20 +87,26 @@ def _family(
         attention=PACKED,
         source="transformers",
         gpu=gpu,
+        tensor=tensor,
     )
 
 
 HUGGINGFACE_FAMILIES: tuple[Family, ...] = (
-    _family("llama", compiles=True, gpu=True),
-    _family("mistral"),
-    _family("qwen2"),
-    _family("qwen3"),
-    _family("gemma"),
-    _family("gemma3_text"),
-    _family("olmo2"),
-    _family("phi3"),
-    _family("smollm3"),
-    _family("gpt2", layers="transformer.h", embedding="transformer.wte"),
+    _family("llama", compiles=True, gpu=True, tensor=TensorPlan()),
+    _family("mistral", tensor=TensorPlan()),
+    _family("qwen2", tensor=TensorPlan()),
+    _family("qwen3", tensor=TensorPlan()),
+    _family("gemma", tensor=TensorPlan()),
+    _family("gemma3_text", tensor=TensorPlan()),
+    _family("olmo2", tensor=TensorPlan()),
+    _family("phi3", tensor=TensorPlan()),
+    _family("smollm3", tensor=TensorPlan()),
+    _family(
+        "gpt2",
+        layers="transformer.h",
+        embedding="transformer.wte",
+        tensor=TensorPlan(norm="transformer.ln_f", positions="transformer.wpe"),
+    ),
 )
 
 
