@@ -33,9 +33,10 @@ from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
 from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
+from flame.parallel.context import PartOfRows
 from flame.parallel.fsdp import settle
-from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
-from flame.parallel.support import check_layout
+from flame.parallel.mesh import Layout, Meshes, Place, build_meshes, resolve_layout
+from flame.parallel.support import check_layout, check_rows
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
@@ -207,6 +208,7 @@ class Guest:
     compute: torch.dtype
     layout: Layout
     place: Place  # this rank's
+    meshes: Meshes | None  # None where there is one rank
 
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
@@ -219,7 +221,8 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     layout = resolve_layout(recipe.parallel, world.size)
-    check_layout(family, config, layout)
+    check_layout(family, config, layout, recipe.parallel.context_method)
+    check_rows((stage.sequence_length for stage in recipe.plan.stages), layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
@@ -239,7 +242,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     shards = Shards(model) if meshes is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
     place = layout.place(world.rank)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
+    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place, meshes)
 
 
 def build_model(path: str, config: Any) -> nn.Module:
@@ -332,6 +335,7 @@ def make_job(
     per = guest.family.flops(guest.config)
     peak = peak_flops(device_name(world.device), guest.compute)
     columns = loader.columns
+    context = guest.meshes.context if guest.meshes is not None else None
 
     def flops(counts: Counts) -> float:
         return per.per_token * counts.tokens + per.per_pair * counts.attended
@@ -349,7 +353,7 @@ def make_job(
         shards=guest.shards,
         optimizer=guest.optimizer,
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
-        rows=loader,
+        rows=loader if context is None else PartOfRows(loader, context, recipe.parallel.context_method),
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources), speaks=guest.place.speaks),
         checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
         meter=Meter(

@@ -1,4 +1,4 @@
-"""The parallelisms, applied to a model built on meta, in their one order: compile, then shard."""
+"""The parallelisms, applied to a model built on meta, in their one order: context, compile, then shard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flame.parallel.context_mixers import install
 from flame.parallel.fsdp import shard
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def apply_parallelism(
 ) -> None:
     """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank."""
     blocks = list(blocks)
+    if meshes is not None and meshes.context is not None:
+        install()
     if compile_blocks:
         for block in blocks:
             compile_block(block)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flame.errors import RecipeError
-from flame.models.family import Family
+from flame.models.family import ContextPlan, Family
 from flame.models.registry import families
 from flame.parallel.mesh import Layout
 
 WAYS: dict[str, Callable[[Family], bool]] = {
     "tensor": lambda family: family.tensor,
-    "context": lambda family: family.context,
+    "context": lambda family: family.context is not None,
     "pipeline": lambda family: family.pipeline,
 }
 
 
-def check_layout(family: Family, config: Any, layout: Layout) -> None:
+def check_layout(family: Family, config: Any, layout: Layout, context_method: str = "auto") -> None:
     """Raises RecipeError where a model of this family and config cannot be laid out so."""
     for name, can in WAYS.items():
         size = getattr(layout, name)
@@ -26,4 +26,43 @@ def check_layout(family: Family, config: Any, layout: Layout) -> None:
             raise RecipeError(
                 f"parallel.{name}: {size}, but {family.name} models cannot be split so; families that can: "
                 f"{others}. Use parallel.shard"
+            )
+    if layout.context > 1 and family.context is not None:
+        _check_context(family, family.context, config, layout.context, context_method)
+
+
+def _check_context(family: Family, plan: ContextPlan, config: Any, ranks: int, method: str) -> None:
+    reason = plan.refuses(config)
+    if reason is not None:
+        raise RecipeError(
+            f"parallel.context: {ranks}, but rows of this {family.name} model have to stay whole: {reason}. "
+            "Use parallel.shard"
+        )
+    if method == "state" and not plan.hands_on:
+        raise RecipeError(
+            f'parallel.context_method: "state", but the state of {family.name} layers cannot be handed on; '
+            'use "heads"'
+        )
+    heads = plan.heads(config)
+    checked = list(heads) if method == "heads" else list(heads)[: 0 if plan.hands_on else 1]
+    for name in checked:
+        if heads[name] % ranks:
+            fitting = ", ".join(str(n) for n in range(1, heads[name] + 1) if heads[name] % n == 0)
+            other = '; or context_method = "state"' if plan.hands_on else ""
+            raise RecipeError(
+                f"parallel.context: {ranks} does not divide the model's {name}, {heads[name]}; these do: "
+                f"{fitting}{other}"
+            )
+
+
+def check_rows(lengths: Iterable[int], layout: Layout) -> None:
+    """Raises RecipeError where a row of one of these lengths, in tokens, cannot be cut into equal parts."""
+    ranks = layout.context
+    for length in lengths:
+        if length % ranks:
+            below = length // ranks * ranks
+            fitting = [str(n) for n in (below, below + ranks) if n]
+            raise RecipeError(
+                f"data.sequence_length: {length} tokens cannot be cut into parallel.context = {ranks} equal "
+                f"parts; {' and '.join(fitting)} can"
             )
