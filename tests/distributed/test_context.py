@@ -69,7 +69,7 @@ def test_it_does_so_in_every_family_and_setting(half, ranks, method, tmp_path):
     assert_equal(found(names[half::2], ranks, "crossing", method, tmp_path))
 
 
-@pytest.mark.parametrize("method", ["heads", "state"])
+@pytest.mark.parametrize("method", [pytest.param("heads", marks=pytest.mark.slow), "state"])
 @pytest.mark.parametrize("rows", [rows for rows in ROWS if rows != "crossing"])
 def test_it_does_so_wherever_documents_end(rows, method, tmp_path):
     assert_equal(found(("gla-conv-mqa", "rwkv7", "llama"), 4, rows, method, tmp_path))
@@ -101,7 +101,7 @@ def use_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, name, json.loads(json.dumps(values)))
 
 
-@pytest.mark.parametrize("model", ["llama", "gla", "gated_deltanet"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gla", marks=pytest.mark.slow), "gated_deltanet"])
 def test_training_on_two_context_ranks_is_training_on_one(model, write_recipe, tmp_path, monkeypatch):
     use_small(model, monkeypatch)
     one = trained(write_recipe, tmp_path, model, "one", 1, "")
@@ -151,7 +151,9 @@ def test_every_family_trains_so(name, write_recipe, tmp_path, monkeypatch):
         assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-4)
 
 
-@pytest.mark.parametrize(("first", "second"), [("", "context = 2"), ("context = 2", "")])
+@pytest.mark.parametrize(
+    ("first", "second"), [pytest.param("", "context = 2", marks=pytest.mark.slow), ("context = 2", "")]
+)
 def test_a_run_goes_on_with_its_rows_whole_or_cut(first, second, write_recipe, tmp_path):
     whole = trained(write_recipe, tmp_path, "gla", "whole", 1, "")
     found = []

@@ -192,7 +192,7 @@ def to_heads(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
             shape = tensors[i].shape
             many = flat[i].shape[1]
             heads = flat[i].shape[3] // prod(shape[3:])
-            whole[i] = piece.reshape(1, piece.shape[0] * many, heads, *shape[3:])
+            whole[i] = piece.reshape(1, piece.shape[0] * many, heads, *shape[3:]).contiguous()
     return [x for x in whole if x is not None]
 
 

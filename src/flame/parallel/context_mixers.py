@@ -84,7 +84,8 @@ class Recurrence:
         heads = max(call[name].shape[2] for name in self.tokens if call.get(name) is not None)
         if self.state is None or part.exchanges_heads(heads):
             return self._by_heads(whole, call, part)
-        if self.chained and call[self.tokens[0]].is_cuda:
+        given = all(call.get(name) is not None for name in self.tokens)  # fla's want a gate too
+        if self.chained and given and call[self.tokens[0]].is_cuda:
             return _by_fla(whole, call, part)
         return _by_state(whole, call, part, self.state(call))
 
@@ -117,6 +118,7 @@ def _by_state(whole: Function, call: Named, part: Part, shapes: Shapes) -> tuple
     # a tensor of its own: what the function calls in turn is not to look again
     call = {**call, "cu_seqlens": call["cu_seqlens"].view(-1)}
     out, final = whole(**{**call, "initial_state": initial, "output_final_state": part.is_continued})
+    out = out.to(call.get("v", call.get("x")).dtype)  # a float32 state may have widened it
     if part.is_continued:
         finals = final if isinstance(final, tuple) else (final,)
         out = send_states(out, [state[-1] for state in finals], part)
