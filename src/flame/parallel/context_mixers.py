@@ -118,7 +118,8 @@ def _by_state(whole: Function, call: Named, part: Part, shapes: Shapes) -> tuple
     # a tensor of its own: what the function calls in turn is not to look again
     call = {**call, "cu_seqlens": call["cu_seqlens"].view(-1)}
     out, final = whole(**{**call, "initial_state": initial, "output_final_state": part.is_continued})
-    out = out.to(call.get("v", call.get("x")).dtype)  # a float32 state may have widened it
+    values: Any = call.get("v", call.get("x"))
+    out = out.to(values.dtype)  # a float32 state may have widened it
     if part.is_continued:
         finals = final if isinstance(final, tuple) else (final,)
         out = send_states(out, [state[-1] for state in finals], part)
