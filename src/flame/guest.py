@@ -16,7 +16,7 @@ from flame.models.family import Family
 from flame.models.registry import family_of
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
-from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
+from flame.parallel.mesh import Layout, Meshes, Place, build_meshes, resolve_layout
 from flame.parallel.support import check_layout, check_lengths
 from flame.parallel.world import World
 from flame.recipe import Recipe
@@ -39,6 +39,7 @@ class Guest:
     compute: torch.dtype
     layout: Layout
     place: Place  # this rank's
+    meshes: Meshes | None  # None where there is one rank
 
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
@@ -51,7 +52,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     layout = resolve_layout(recipe.parallel, world.size)
-    check_layout(family, config, layout)
+    check_layout(family, config, layout, recipe.parallel.context_method)
     check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
     check_whole_vocabulary(recipe, layout)
     compute = compute_dtype(recipe, world.device)
@@ -82,7 +83,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     shards = Shards(model) if meshes is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
     place = layout.place(world.rank)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
+    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place, meshes)
 
 
 def check_whole_vocabulary(recipe: Recipe, layout: Layout) -> None:

@@ -34,6 +34,7 @@ from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
 from flame.models.matching import config_record, differing
 from flame.origin import begin_with, check_origin, in_words, model_config
+from flame.parallel.context import PartOfRows
 from flame.parallel.mesh import Layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
@@ -292,6 +293,7 @@ def make_job(
     columns, lanes = loader.columns, data.plan.lanes
     nothing_read = DataState(0, np.zeros((lanes, len(columns)), np.int64), columns, data.fingerprint)
     start = nothing_read if saved.data is None else saved.data
+    context = guest.meshes.context if guest.meshes is not None else None
 
     def flops(counts: Counts) -> float:
         return per.per_token * counts.tokens + per.per_pair * counts.attended
@@ -309,7 +311,7 @@ def make_job(
         shards=guest.shards,
         optimizer=guest.optimizer,
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
-        rows=loader,
+        rows=loader if context is None else PartOfRows(loader, context, recipe.parallel.context_method),
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources), speaks=guest.place.speaks),
         checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep, exporter),
         exporter=exporter,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from models.small_models import SMALL
+from transformers import LlamaConfig
 
 from flame.errors import RecipeError
+from flame.models.family import ContextPlan
 from flame.models.registry import families, family_of
 from flame.models.tensor_plan import UNITS
 from flame.parallel.mesh import Layout
 from flame.parallel.support import WAYS, check_layout, check_lengths
 
-LACKING = {"tensor": None, "context": False, "pipeline": False}
+LACKING: dict[str, Any] = {"tensor": None, "context": None, "pipeline": False}
+HAS: dict[str, Any] = {"pipeline": True, "context": ContextPlan(lambda config: {})}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -26,7 +30,7 @@ def test_a_way_that_a_family_lacks_is_refused(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["context", "pipeline"])
 def test_a_way_that_a_family_has_is_allowed(way: str) -> None:
-    check_layout(replace(families()[0], **{way: True}), None, Layout(**{way: 2}))
+    check_layout(replace(families()[0], **{way: HAS[way]}), None, Layout(**{way: 2}))
 
 
 def check_tensor(name: str, ranks: int, **settings) -> None:
@@ -68,5 +72,50 @@ def test_a_parameter_that_no_plan_names_is_refused(monkeypatch: pytest.MonkeyPat
 def test_rows_that_do_not_divide_over_the_ranks_that_share_them_are_refused() -> None:
     check_lengths([64, 128], Layout(tensor=4, context=2))
     check_lengths([63], Layout(shard=4))
-    with pytest.raises(RecipeError, match=r"found 65, .* take 64 or 66"):
-        check_lengths([64, 65], Layout(tensor=2))
+    for layout in (Layout(tensor=2), Layout(context=2)):
+        with pytest.raises(RecipeError, match=r"found 65, .* take 64 or 66"):
+            check_lengths([64, 65], layout)
+    with pytest.raises(RecipeError, match=r"found 3, .* take 4$"):
+        check_lengths([4, 3], Layout(context=4))
+    with pytest.raises(RecipeError, match=r"found 66, .* take 64 or 68"):
+        check_lengths([66], Layout(tensor=2, context=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "method", "words"),
+    [
+        ("gla", 4, "heads", "num_heads, 2; these do: 1, 2"),
+        ("gated_deltanet-gva", 3, "heads", "num_v_heads, 4; these do: 1, 2, 4"),
+        ("transformer-gqa", 8, "heads", "num_heads, 4"),
+        ("kda-hybrid", 4, "heads", "num_heads, 2"),
+        ("hgrn", 5, "heads", "hidden_size, 32"),
+        ("qwen3", 8, "heads", "num_attention_heads, 4"),
+        ("lightnet", 4, "auto", "num_heads, 2; these do: 1, 2"),
+        ("lightnet", 2, "state", 'use "heads"'),
+    ],
+)
+def test_context_ranks_that_do_not_divide_are_refused(name: str, ranks: int, method: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_layout(family_of(SMALL[name]), SMALL[name], Layout(context=ranks), method)
+    assert words in str(caught.value)
+
+
+def test_where_the_method_is_open_what_does_not_divide_hands_its_state_on() -> None:
+    for name, config in SMALL.items():
+        if not name.startswith("lightnet"):
+            check_layout(family_of(config), config, Layout(context=7))
+
+
+def test_rotary_embeddings_that_look_at_a_whole_batch_keep_rows_whole() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = LlamaConfig(rope_parameters=rope)
+    with pytest.raises(RecipeError, match="whole: rope_type: found"):
+        check_layout(family_of(config), config, Layout(context=2))
+
+
+def test_context_ranks_share_the_heads_that_a_tensor_rank_has() -> None:
+    config = SMALL["qwen3"]  # 4 heads
+    check_layout(family_of(config), config, Layout(context=2, tensor=2), "heads")
+    check_layout(family_of(config), config, Layout(context=4, tensor=2), "state")
+    with pytest.raises(RecipeError, match=r"4 over parallel.tensor = 2; these do: 1, 2"):
+        check_layout(family_of(config), config, Layout(context=4, tensor=2), "heads")

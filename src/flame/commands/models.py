@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import orjson
 
 from flame.errors import Exit
-from flame.models.family import Family
+from flame.models.family import ContextPlan, Family
 from flame.models.registry import families, refused
 
 
@@ -51,13 +51,20 @@ def support(family: Family) -> Support:
         sharded="yes",
         tensor_parallel="yes" if family.tensor is not None else "no",
         pipeline_parallel="yes" if family.pipeline else "no",
-        context_parallel="yes" if family.context else "no",
+        context_parallel=context_support(family.context),
         compile="yes" if family.compiles else "not tried",
         export="yes",
         decodes_with_a_cache="yes" if family.cached else "no",
         cpu="yes",
         gpu="yes" if family.gpu else "not run yet",
     )
+
+
+def context_support(plan: ContextPlan | None) -> str:
+    """By which methods of `[parallel] context_method`."""
+    if plan is None:
+        return "no"
+    return "heads, state" if plan.hands_on else "heads"
 
 
 def models(json: bool, markdown: bool) -> Exit:

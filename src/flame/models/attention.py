@@ -35,21 +35,25 @@ def varlen_attention(
     longest: int,
     scale: float | None = None,
     window: int | None = None,
+    before: int = 0,
 ) -> Tensor:
     """Causal attention within segments.
 
-    query: [T, H, D]; key, value: [T, G, D] where G divides H; cu_seqlens: int32 [segments + 1];
+    query: [T, H, D]; key, value: [before + T, G, D] where G divides H; cu_seqlens: int32 [segments + 1];
     longest: tokens of the longest segment, or more; window: how many keys a query sees, itself
-    included (None: all before it). Returns [T, H, D].
+    included (None: all before it); before: keys of the first segment that lie before its queries.
+    Returns [T, H, D].
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         grouped = _GROUPED if query.shape[1] != key.shape[1] else {}
         cu_seqlens = cu_seqlens.to(torch.int32)
         left = -1 if window is None else window - 1
         options = {"scale": scale, "window_size": (left, 0), **grouped}
-        return _kernel(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+        bounds = torch.cat([cu_seqlens[:1], cu_seqlens[1:] + before]) if before else cu_seqlens
+        return _kernel(query, key, value, cu_seqlens, bounds, longest, longest + before, **options)
     lengths = cast("list[int]", cu_seqlens.diff().tolist())
-    parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    keys = [lengths[0] + before, *lengths[1:]]
+    parts = zip(query.split(lengths), key.split(keys), value.split(keys), strict=True)
     return torch.cat([_causal(q[None], k[None], v[None], scale, window)[0] for q, k, v in parts])
 
 

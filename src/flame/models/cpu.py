@@ -8,6 +8,7 @@ batches all work.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,15 +115,12 @@ class _ByDevice:
         return self.kernel(*args, **kwargs) if first.is_cuda else self.plain(*args, **kwargs)
 
 
-def _by_device(kernel: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    return kernel if isinstance(kernel, _ByDevice) else _ByDevice(kernel, plain)
-
-
+@functools.cache  # once: what others put before these functions later stays before them
 def install() -> None:
     """Make fla's supported families run without a GPU, in this process. Idempotent."""
     for module, name, plain in REPLACED:
         place = fla_module(module)
-        setattr(place, name, _by_device(getattr(place, name), plain))
+        setattr(place, name, _ByDevice(getattr(place, name), plain))
     table: dict[str, Any] = fla_module("modules.activations").ACT2FN
     for name, plain in ACTIVATIONS.items():
-        table[name] = _by_device(table[name], plain)
+        table[name] = _ByDevice(table[name], plain)

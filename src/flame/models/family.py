@@ -39,6 +39,19 @@ def own_rule(model: Any, name: str, module: nn.Module) -> None:
     model._init_weights(module)
 
 
+@dataclass(frozen=True, slots=True)
+class ContextPlan:
+    """How rows of a family can lie on several ranks (`parallel/context.py`).
+
+    Each layer that mixes tokens either exchanges them for heads, where the ranks divide these, or hands its
+    state on (attention: keys and values).
+    """
+
+    heads: Callable[[Any], dict[str, int]]  # of a config: the settings that count heads, and how many
+    hands_on: bool = True  # False: its own mixer cannot, and the first of `heads` has to divide
+    refuses: Callable[[Any], str | None] = lambda config: None  # why a config's rows have to stay whole
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of model. Functions of a model work on meta, sharded and materialised ones alike.
@@ -65,7 +78,7 @@ class Family:
     make: Callable[[Any], nn.Module] | None = None  # builds on meta; None: through transformers
     cached: bool = True  # token by token with a cache it gives what it gives in parallel
     tensor: TensorPlan | None = None  # how its blocks' matrices can lie on several ranks
-    context: bool = False  # its rows can lie on several ranks
+    context: ContextPlan | None = None  # how its rows can lie on several ranks, if they can
     pipeline: bool = False  # its blocks can lie on several ranks
     gpu: bool = False  # has been run on a GPU, with its kernels, against the same checks
 

@@ -1,4 +1,4 @@
-"""The parallelisms, applied to a model built on meta, in one order: tensor, recompute, compile, shard."""
+"""The parallelisms, on a model built on meta, in one order: context, tensor, recompute, compile, shard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flame.parallel.config import MemoryConfig
+from flame.parallel.context_mixers import install
 from flame.parallel.exchange import Exchange
 from flame.parallel.fsdp import shard
 from flame.parallel.recompute import recompute_block
@@ -30,6 +31,8 @@ def apply_parallelism(
     """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
     `divide` applies the model's tensor plan."""
     blocks = list(blocks)
+    if meshes is not None and meshes.context is not None:
+        install()  # first: a divided layer keeps the functions that it finds
     if meshes is not None and meshes.tensor is not None and divide is not None:
         divide(Exchange(meshes.tensor))
     if memory.recompute != "none":

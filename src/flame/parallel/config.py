@@ -16,6 +16,14 @@ class ParallelConfig:
     context: int = setting(
         1, help="ranks that share each row: context parallel over the sequence", identity=False
     )
+    context_method: str = setting(
+        "auto",
+        help="how layers mix the tokens of rows that ranks share: heads exchanges tokens for heads, which "
+        "the ranks have to divide; state hands a recurrence's state, and attention's keys and values, on "
+        "from rank to rank; auto: heads where they divide, else state",
+        identity=False,
+        choices=("auto", "heads", "state"),
+    )
     tensor: int = setting(
         1, help="ranks that share each block's matrices: tensor and sequence parallel", identity=False
     )

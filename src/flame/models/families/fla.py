@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flame.models.families import forgetting, initial, mamba2
 from flame.models.families.recurrent import layer_flops
-from flame.models.family import Family, Initialize, own_rule
+from flame.models.family import ContextPlan, Family, Initialize, own_rule
 from flame.models.tensor_plan import TensorPlan
 
 # the trainer computes the loss from hidden states, so fla's fused losses are off
@@ -93,6 +93,32 @@ def _comba_refuses(config: Any) -> str | None:
     return _refuses(config)
 
 
+# --------------------------------------------------------------------------------------- heads
+
+
+def _heads(config: Any) -> dict[str, int]:
+    """Of the family's own layers, and of the attention layers among them."""
+    many: int | None = getattr(config, "num_v_heads", None)
+    own = {"num_heads": config.num_heads} if many is None else {"num_v_heads": many}
+    return own | _attention_heads(config)
+
+
+def _attention_heads(config: Any) -> dict[str, int]:
+    hybrid = getattr(config, "attn", None)
+    return {} if hybrid is None else {"attn.num_heads": hybrid["num_heads"]}
+
+
+def _channels(config: Any) -> dict[str, int]:
+    """HGRN has no heads: each channel is one."""
+    return {"hidden_size": int(config.hidden_size * config.expand_ratio)} | _attention_heads(config)
+
+
+def _lightnet_heads(config: Any) -> dict[str, int]:
+    return {"num_heads": config.num_heads or config.hidden_size // config.expand_ratio} | _attention_heads(
+        config
+    )
+
+
 # -------------------------------------------------------------------------------------- records
 
 
@@ -106,6 +132,7 @@ def _family(
     compiles: bool = False,
     gpu: bool = False,
     tables: tuple[tuple[str, int], ...] = (),
+    context: ContextPlan | None = None,
 ) -> Family:
     return Family(
         name=model_type,
@@ -120,6 +147,7 @@ def _family(
         embedding_name=f"{base}.embeddings",
         undecayed=("lower_bounds", "x_bias", "bonus", "r_k"),  # HGRN's and RWKV's
         settings=_SETTINGS,
+        context=context or ContextPlan(_heads),
         gpu=gpu,
         tensor=TensorPlan(norm=f"{base}.norm_f" if base == "backbone" else f"{base}.norm", tables=tables),
     )
@@ -140,12 +168,12 @@ FLA_FAMILIES: tuple[Family, ...] = (
     _family("mamba2", initialize=own_rule, refuses=_mamba2_refuses, base="backbone"),
     _family("retnet"),
     _family("linear_attn", hidden=_linear_attn_hidden, refuses=_refuses_but_mode),
-    _family("hgrn", refuses=_hgrn_refuses, tables=_LOWER_BOUNDS),
+    _family("hgrn", refuses=_hgrn_refuses, tables=_LOWER_BOUNDS, context=ContextPlan(_channels)),
     _family("hgrn2", tables=_LOWER_BOUNDS),
     _family("gsa"),
     _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses),
     _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses),
-    _family("lightnet"),
+    _family("lightnet", context=ContextPlan(_lightnet_heads, hands_on=False)),
     _family("forgetting_transformer", initialize=own_rule),
     _family("transformer", compiles=True, gpu=True),
 )

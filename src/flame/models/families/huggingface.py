@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from flame.errors import ModelError
 from flame.models.attention import PACKED
 from flame.models.families.leak import problem
-from flame.models.family import Family
+from flame.models.family import ContextPlan, Family
 from flame.models.flops import FlopCount, matrix_flops
 from flame.models.tensor_plan import TensorPlan
 
@@ -63,6 +63,23 @@ def _refuses(config: Any) -> str | None:
     return None
 
 
+def _heads(config: Any) -> dict[str, int]:
+    return {"num_attention_heads": config.num_attention_heads}
+
+
+def _needs_whole_rows(config: Any) -> str | None:
+    """Rotary embeddings that look at the largest position of a batch see another one in a part of it."""
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *found.values()):
+        kind = cast("dict[str, Any]", rope).get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("dynamic", "longrope"):
+            return f'rope_type: found "{kind}", whose frequencies depend on the longest document of a batch'
+    return None
+
+
+_CONTEXT = ContextPlan(_heads, refuses=_needs_whole_rows)
+
+
 def _family(
     model_type: str,
     *,
@@ -72,6 +89,7 @@ def _family(
     compiles: bool = False,
     gpu: bool = False,
     tensor: TensorPlan | None = None,
+    context: ContextPlan | None = _CONTEXT,
 ) -> Family:
     return Family(
         name=model_type,
@@ -86,6 +104,7 @@ def _family(
         settings=(("use_cache", False),),
         attention=PACKED,
         source="transformers",
+        context=context,
         gpu=gpu,
         tensor=tensor,
     )
@@ -134,7 +153,9 @@ def _proven(kind: type[PretrainedConfig], text: str) -> Family:
     family = _family(model_type)
     try:
         model = family.build(config)
-        family = _family(model_type, layers=_stack(model, config), embedding=_embedding(model))
+        # that tokens are mixed by attention alone has not been shown
+        layers, embedding = _stack(model, config), _embedding(model)
+        family = _family(model_type, layers=layers, embedding=embedding, context=None)
         reason = problem(family, config)
     except Exception as error:  # a guest's code raises whatever it likes
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
