@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,9 +36,11 @@ from flame.models.registry import family_of, load_config
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import Layout, Place, build_meshes, resolve_layout
+from flame.parallel.pipeline import Parts, Stages, present_blocks
 from flame.parallel.support import check_layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
+from flame.stages import compiles, pipeline_stages, stage_modules
 from flame.train.agreement import Agreement
 from flame.train.checkpoint import (
     Checkpointer,
@@ -52,6 +55,7 @@ from flame.train.loop import Job, Progress, train
 from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
+from flame.train.pipeline import Pipeline
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards, WholeModel
 
@@ -107,7 +111,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         if world.rank == 0:
             print(note, flush=True)
     data = open_data(recipe, world)
-    guest = build_guest(recipe, world, data.catalog, config)
+    guest = build_guest(recipe, world, data, config)
     step = newest_sound(recipe.directory, world.checkpoint)
     saved = Saved()
     if step is not None:
@@ -119,7 +123,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
             print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
         return Exit.DONE
 
-    rows = micro_batch_rows(recipe, data.plan, guest.layout, world.device, saved)
+    rows = micro_batch_rows(recipe, data.plan, guest, world.device, saved)
     begin(recipe, world, guest, saved)
     if tuner is not None:
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
@@ -178,17 +182,18 @@ def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Da
 
 
 def micro_batch_rows(
-    recipe: Recipe, plan: DataPlan, layout: Layout, device: torch.device, saved: Saved
+    recipe: Recipe, plan: DataPlan, guest: Guest, device: torch.device, saved: Saved
 ) -> list[int]:
     """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the layout
     is the same."""
     if (
-        saved.layout == layout
+        saved.layout == guest.layout
         and saved.micro_batch_rows is not None
         and recipe.batch.micro_batch_rows is None
     ):
         return saved.micro_batch_rows
-    return fresh_micro_batch_rows(recipe, plan, layout.data_ranks, device)
+    stages = guest.stages.count if guest.stages is not None else 0
+    return fresh_micro_batch_rows(recipe, plan, guest.layout.data_ranks, device, stages)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -200,46 +205,58 @@ class Guest:
 
     config: Any
     family: Family
-    model: nn.Module  # as transformers knows it; its parameters are sharded
-    with_loss: LossModule
+    model: nn.Module  # as transformers knows it, or this rank's parts of it; its parameters are sharded
+    passes: LossModule | Pipeline  # what a step's micro-batches go through
+    size: int  # parameters of the whole model
     shards: Shards
     optimizer: torch.optim.Optimizer
     compute: torch.dtype
     layout: Layout
     place: Place  # this rank's
+    stages: Stages | None  # of a pipeline
 
 
-def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
+def build_guest(recipe: Recipe, world: World, data: Data, config: Any) -> Guest:
     """The model, parallelised, with its initial weights and its optimizer."""
     origin = recipe.model.module or recipe.model.config
     family = family_of(config)
-    if catalog.vocab_size > config.vocab_size:
+    if data.catalog.vocab_size > config.vocab_size:
         raise ModelError(
             f"{origin}: vocab_size is {config.vocab_size}, but the tokenizer "
-            f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
+            f"{recipe.tokenizer.path} has {data.catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     layout = resolve_layout(recipe.parallel, world.size)
     check_layout(family, config, layout)
+    stages = pipeline_stages(recipe, world, data.plan, family, config, layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
-    model = build_model(origin, config)
-    with_loss = LossModule(model, family.hidden, family.head(model))
-    meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
-    on_gpu = world.device.type == "cuda"
-    apply_parallelism(
-        with_loss,
-        [block for _, block in family.blocks(model)],
-        meshes,
-        compute=compute,
-        compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
-    )
-    initialize(model, config, recipe.run.seed, world.device)
-    settle(with_loss)
-    shards = Shards(model) if meshes is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
     place = layout.place(world.rank)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
+    model = build_model(origin, config)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
+    pipeline = meshes.pipeline.get_group() if meshes is not None and meshes.pipeline is not None else None
+    passes = LossModule(model, family.hidden, family.head(model))
+    modules = [passes]
+    if stages is not None and pipeline is not None:
+        build = partial(build_model, origin, config)
+        modules = stage_modules(recipe, family, config, stages, place.pipeline, build, compute)
+        passes = Pipeline(modules, stages, pipeline, world.device, compute)
+    for module in modules:
+        apply_parallelism(
+            module,
+            present_blocks(family, module.guest),
+            meshes,
+            compute=compute,
+            compile_blocks=compiles(recipe, family, stages, world.device),
+        )
+        initialize(module.guest, config, recipe.run.seed, world.device)
+        settle(module)
+    model = modules[0].guest if len(modules) == 1 else Parts(module.guest for module in modules)
+    shards = Shards(model, pipeline) if meshes is not None else WholeModel(model, compute)
+    fused = world.device.type == "cuda"
+    optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=fused)
+    return Guest(config, family, model, passes, size, shards, optimizer, compute, layout, place, stages)
 
 
 def build_model(path: str, config: Any) -> nn.Module:
@@ -308,10 +325,9 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
     replace_file(run / "environment.json", orjson.dumps(described, option=orjson.OPT_INDENT_2))
     name = "resume" if step else "start"
     event(run, name, step=step, ranks=world.size, host=socket.gethostname(), pids=pids)
-    parameters = sum(p.numel() for p in guest.model.parameters())
     print(
         f"{'resuming after step ' + str(step) if step else 'starting'}: {guest.family.name}, "
-        f"{parameters:,} parameters, {world.size} rank(s) on {described['device']}",
+        f"{guest.size:,} parameters, {world.size} rank(s) on {described['device']}",
         flush=True,
     )
 
@@ -344,7 +360,7 @@ def make_job(
         checkpoint_every=recipe.checkpoint.every,
         logging_every=recipe.logging.every,
         guest=guest.model,
-        model=guest.with_loss,
+        model=guest.passes,
         device=world.device,
         shards=guest.shards,
         optimizer=guest.optimizer,

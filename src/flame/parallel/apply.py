@@ -28,7 +28,8 @@ def apply_parallelism(
         for block in blocks:
             compile_block(block)
     if meshes is not None:
-        shard(root, blocks, meshes.data, compute)
+        # a stage meets its blocks again with the next micro-batch: they are gathered once a step
+        shard(root, blocks, meshes.data, compute, keep_gathered=meshes.pipeline is not None)
 
 
 def compile_block(block: nn.Module) -> None:

@@ -13,7 +13,7 @@ from flame.parallel.mesh import Layout
 WAYS: dict[str, Callable[[Family], bool]] = {
     "tensor": lambda family: family.tensor,
     "context": lambda family: family.context,
-    "pipeline": lambda family: family.pipeline,
+    "pipeline": lambda family: bool(family.pipeline),
 }
 
 

@@ -29,11 +29,15 @@ class LossModule(nn.Module):
         self._hidden = hidden
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar."""
+    def states(self, batch: Batch) -> torch.Tensor:
+        """The guest's states before the head, [b, L, d]."""
         # a bound that is nearly always the same: compiled blocks take it for a constant
         longest = 1 << (batch.longest_segment - 1).bit_length()
-        states = self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
+        return self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar."""
+        states = self.states(batch)
         head = cast("nn.Linear", self._head)
         flat, labels = states.reshape(-1, states.shape[-1]), batch.labels.reshape(-1)
         if flat.is_cuda:

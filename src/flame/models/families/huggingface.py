@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from flame.errors import ModelError
 from flame.models.attention import PACKED
 from flame.models.families.leak import problem
-from flame.models.family import Family
+from flame.models.family import Family, StagePlan
 from flame.models.flops import FlopCount, matrix_flops
 
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
@@ -62,6 +62,13 @@ def _refuses(config: Any) -> str | None:
     return None
 
 
+def _passed(states: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return states
+
+
+_STAGES = StagePlan(norm="model.norm", passed=_passed)
+
+
 def _family(
     model_type: str,
     *,
@@ -69,6 +76,7 @@ def _family(
     embedding: str = "model.embed_tokens",
     refuses: Any = _refuses,
     compiles: bool = False,
+    pipeline: StagePlan | None = _STAGES,
     gpu: bool = False,
 ) -> Family:
     return Family(
@@ -84,6 +92,7 @@ def _family(
         settings=(("use_cache", False),),
         attention=PACKED,
         source="transformers",
+        pipeline=pipeline,
         gpu=gpu,
     )
 
@@ -98,7 +107,12 @@ HUGGINGFACE_FAMILIES: tuple[Family, ...] = (
     _family("olmo2"),
     _family("phi3"),
     _family("smollm3"),
-    _family("gpt2", layers="transformer.h", embedding="transformer.wte"),
+    _family(
+        "gpt2",
+        layers="transformer.h",
+        embedding="transformer.wte",
+        pipeline=StagePlan(norm="transformer.ln_f", passed=_passed, added=("transformer.wpe",)),
+    ),
 )
 
 
@@ -123,10 +137,10 @@ def _proven(kind: type[PretrainedConfig], text: str) -> Family:
         raise ModelError(
             f"transformers has no causal language model of type {model_type}; use one of {known}"
         )
-    family = _family(model_type)
+    family = _family(model_type, pipeline=None)
     try:
         model = family.build(config)
-        family = _family(model_type, layers=_stack(model, config), embedding=_embedding(model))
+        family = _family(model_type, layers=_stack(model, config), embedding=_embedding(model), pipeline=None)
         reason = problem(family, config)
     except Exception as error:  # a guest's code raises whatever it likes
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
