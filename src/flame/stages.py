@@ -63,6 +63,11 @@ def stage_modules(
     """The stages of one rank of the pipeline. `build` gives a whole model on meta, each time anew."""
     counts = split_blocks(family, build(), stages, recipe.parallel.pipeline_split)
     return [
-        StageModule(Part(build(), family, config, counts, stage), family, compute)
+        StageModule(
+            Part(build(), family, config, counts, stage),
+            family,
+            compute,
+            backward_twice=stages.order.splits_backward,
+        )
         for stage in stages.of(rank)
     ]

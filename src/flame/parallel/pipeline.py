@@ -281,7 +281,8 @@ class Part:
             setattr(owner, name, self._passage.carried)
 
     def leave(self, states: Tensor, compute: torch.dtype) -> tuple[Tensor, ...]:
-        """After a forward pass: what goes to the next stage. Copies, which the schedule may detach."""
+        """After a forward pass: what goes to the next stage. Copies in one piece, which can be sent, and
+        which the schedule may detach."""
         leaving = [states]
         if self.carried is not None:
             carried = self._passage.carried
@@ -290,7 +291,8 @@ class Part:
                 carried = getattr(owner, name)
             leaving.append(cast("Tensor", carried))
         self._passage.states = self._passage.carried = None
-        return tuple(tensor.to(compute, copy=True) for tensor in leaving)
+        whole = torch.contiguous_format
+        return tuple(tensor.to(compute, copy=True, memory_format=whole) for tensor in leaving)
 
     def shapes(self, rows: int, length: int) -> list[tuple[int, ...]]:
         """Of what travels between stages for a micro-batch [rows, length]."""

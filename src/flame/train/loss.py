@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
@@ -23,8 +25,12 @@ class LossModule(nn.Module):
     `hidden` gives the states before the head, [b, L, d]; `head` is the guest's output projection.
     """
 
-    def __init__(self, guest: nn.Module, hidden: HiddenStates, head: nn.Linear) -> None:
+    def __init__(
+        self, guest: nn.Module, hidden: HiddenStates, head: nn.Linear, *, backward_twice: bool = False
+    ) -> None:
+        """`backward_twice`: a backward pass goes through the same loss more than once."""
         super().__init__()
+        self._backward_twice = backward_twice
         self.guest = guest
         self._hidden = hidden
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
@@ -41,7 +47,8 @@ class LossModule(nn.Module):
         head = cast("nn.Linear", self._head)
         flat, labels = states.reshape(-1, states.shape[-1]), batch.labels.reshape(-1)
         if flat.is_cuda:
-            return fused_cross_entropy(flat, head.weight, head.bias, labels)
+            with unpacked_copies() if self._backward_twice else nullcontext():
+                return fused_cross_entropy(flat, head.weight, head.bias, labels)
         return chunked_cross_entropy(flat, head.weight, head.bias, labels)
 
 
@@ -61,6 +68,16 @@ def chunked_cross_entropy(
         cast("torch.Tensor", checkpoint(chunk_loss, s, target, use_reentrant=False)) for s, target in pairs
     ]
     return torch.stack(losses).sum()
+
+
+def unpacked_copies() -> saved_tensors_hooks:
+    """Within, a backward pass gets copies of what a forward pass saved. fla's fused loss saves its gradients
+    and scales them in place: the second time it would scale them again."""
+    return saved_tensors_hooks(_as_it_is, torch.clone)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def fused_cross_entropy(

@@ -26,9 +26,10 @@ from flame.train.step import seed_generators
 class StageModule(LossModule):
     """One stage of a guest model, with the loss on the last one."""
 
-    def __init__(self, part: Part, family: Family, compute: torch.dtype) -> None:
+    def __init__(self, part: Part, family: Family, compute: torch.dtype, *, backward_twice: bool) -> None:
+        """`backward_twice`: the schedule takes inputs' and weights' gradients one after the other."""
         head: Any = family.head(part.model) if part.last else None
-        super().__init__(part.model, family.hidden, head)
+        super().__init__(part.model, family.hidden, head, backward_twice=backward_twice)
         self.part = part
         self._compute = compute
         self._turn = 0
@@ -46,6 +47,8 @@ class StageModule(LossModule):
         batch = self._batches[self._turn]
         self._turn += 1
         seed_generators(*self._seed, batch.first_row)
+        for tensor in received:
+            tensor.register_hook(torch.Tensor.contiguous)  # its gradient is sent
         self.part.enter(received)
         if not self.part.last:
             return self.part.leave(self.states(batch), self._compute)
