@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models.small_models import SMALL, untied
+from models.small_models import SMALL, initialized, packed, untied
 
 from flame.errors import RecipeError
-from flame.models.build import build_on_meta
+from flame.models.build import build_on_meta, initialize
 from flame.models.registry import families, family_of
 from flame.parallel.config import SCHEDULES, ParallelConfig
 from flame.parallel.mesh import Layout
@@ -95,6 +95,39 @@ def test_stages_hold_each_parameter_once_under_its_own_name(family) -> None:
     assert {name for name, _ in parts.named_parameters()} == set(whole)
     assert set(parts.state_dict(keep_vars=True)) == set(build_on_meta(config).state_dict())
     assert sum(p.numel() for p in parts.parameters()) == sum(torch.Size(s).numel() for s in whole.values())
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if not name.endswith("-tied")])
+def test_stages_in_a_row_compute_what_the_whole_model_does(name: str) -> None:
+    """States bit for bit, and the gradient of every parameter, of packed rows."""
+    config = untied(name, 3)
+    family = family_of(config)
+    arguments = packed([[3, 20, 1], [11, 13]])
+    whole = initialized(config)
+    wanted = family.hidden(whole, *arguments)
+    wanted.square().sum().backward()
+
+    received: tuple[torch.Tensor, ...] = ()
+    gradients: dict[str, torch.Tensor | None] = {}
+    models = []
+    for stage in range(3):
+        model = build_on_meta(config)
+        part = Part(model, family, config, [1, 1, 1], stage)
+        initialize(model, config, 1, "cpu")
+        part.enter(received)
+        states = family.hidden(model, *arguments)
+        received = part.leave(states, torch.float32)
+        assert [tensor.shape for tensor in received] == [torch.Size(s) for s in part.shapes(2, 24)]
+        models.append(model)
+    torch.testing.assert_close(states, wanted, rtol=0, atol=0)
+    states.square().sum().backward()
+    for model in models:
+        gradients |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    for parameter_name, parameter in whole.named_parameters():
+        found = gradients[parameter_name]
+        assert (found is None) == (parameter.grad is None), parameter_name
+        if found is not None:
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6, msg=parameter_name)
 
 
 @pytest.mark.parametrize(
