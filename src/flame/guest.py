@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ from flame.kernels import compute_dtype
 from flame.models.build import build_on_meta, initialize
 from flame.models.family import Family
 from flame.models.registry import family_of
-from flame.parallel.apply import apply_parallelism
+from flame.parallel.apply import apply_parallelism, meet_ranks
 from flame.parallel.fsdp import settle
 from flame.parallel.mesh import Layout, Meshes, Place, build_meshes, resolve_layout
+from flame.parallel.pipeline import Parts, Stages, present_blocks
 from flame.parallel.support import check_layout, check_lengths
+from flame.parallel.tensor import divide
 from flame.parallel.world import World
 from flame.recipe import Recipe
+from flame.stages import compiles, pipeline_stages, stage_modules
 from flame.train.groups import group_parameters
-from flame.train.loss import LossModule, divide_with_loss
+from flame.train.loss import LossModule
 from flame.train.optimizer import Optimizers, build_optimizer
+from flame.train.pipeline import Pipeline
 from flame.train.shards import Shards, WholeModel
 
 
@@ -32,14 +37,16 @@ class Guest:
 
     config: Any
     family: Family
-    model: nn.Module  # as transformers knows it; its parameters are sharded
-    with_loss: LossModule
+    model: nn.Module  # as transformers knows it, or this rank's parts of it; its parameters are sharded
+    passes: LossModule | Pipeline  # what a step's micro-batches go through
+    size: int  # parameters of the whole model
     shards: Shards
     optimizer: Optimizers
     compute: torch.dtype
     layout: Layout
     place: Place  # this rank's
     meshes: Meshes | None  # None where there is one rank
+    stages: Stages | None  # of a pipeline
 
 
 def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
@@ -52,49 +59,99 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
             f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
         )
     layout = resolve_layout(recipe.parallel, world.size)
-    check_layout(family, config, layout, recipe.parallel.context_method)
-    check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
-    check_whole_vocabulary(recipe, layout)
+    stages = check_fits(recipe, world, family, config, layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
-    model = build_model(origin, config)
+    whole = build_model(origin, config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    size = sum(parameter.numel() for parameter in whole.parameters())
     groups = group_parameters(
         recipe.optimizer,
-        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        undecayed=family.no_weight_decay(model),
-        matrices=family.matrices(model),
-        embeddings=family.embeddings(model),
+        shapes,
+        undecayed=family.no_weight_decay(whole),
+        matrices=family.matrices(whole),
+        embeddings=family.embeddings(whole),
     )
-    with_loss = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
-    meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
-    on_gpu = world.device.type == "cuda"
-    apply_parallelism(
-        with_loss,
-        [block for _, block in family.blocks(model)],
-        meshes,
-        compute=compute,
-        compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
-        memory=recipe.memory,
-        divide=lambda exchange: divide_with_loss(with_loss, family, exchange),
-    )
-    initialize(model, config, recipe.run.seed, world.device)
-    settle(with_loss)
-    shards = Shards(model) if meshes is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=on_gpu)
     place = layout.place(world.rank)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place, meshes)
+    meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
+    modules, passes = divided(recipe, world, family, config, whole, meshes, stages, place, compute)
+    for module in modules:
+        apply_parallelism(
+            module,
+            present_blocks(family, module.guest),
+            meshes,
+            compute=compute,
+            compile_blocks=compiles(recipe, family, stages, world.device),
+            memory=recipe.memory,
+        )
+        initialize(module.guest, config, recipe.run.seed, world.device)
+        settle(module)
+    model = modules[0].guest if len(modules) == 1 else Parts(module.guest for module in modules)
+    pipeline = meshes.pipeline.get_group() if meshes is not None and meshes.pipeline is not None else None
+    shards = Shards(model, pipeline) if meshes is not None else WholeModel(model, compute)
+    optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=world.device.type == "cuda")
+    return Guest(
+        config, family, model, passes, size, shards, optimizer, compute, layout, place, meshes, stages
+    )
 
 
-def check_whole_vocabulary(recipe: Recipe, layout: Layout) -> None:
-    """Refuses what reads whole rows of logits where tensor ranks share the vocabulary. Raises RecipeError."""
-    asking = {"loss.z_loss": recipe.loss.z_loss > 0, "validation": recipe.validation.every is not None}
-    for name, wanted in asking.items():
-        if layout.tensor > 1 and wanted:
+def divided(
+    recipe: Recipe,
+    world: World,
+    family: Family,
+    config: Any,
+    whole: nn.Module,
+    meshes: Meshes | None,
+    stages: Stages | None,
+    place: Place,
+    compute: torch.dtype,
+) -> tuple[Sequence[LossModule], LossModule | Pipeline]:
+    """The model, on meta, with its loss, divided over tensor ranks and then cut into this rank's stages; and
+    what micro-batches go through."""
+    exchange = meet_ranks(meshes)
+
+    def build() -> nn.Module:
+        model = whole if stages is None else build_on_meta(config)
+        if exchange is not None:
+            divide(model, family, exchange)
+        return model
+
+    if stages is None or meshes is None or meshes.pipeline is None:
+        model = build()
+        passes = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
+        modules = [passes]
+    else:
+        modules = stage_modules(recipe, family, config, stages, place.pipeline, whole, build, compute)
+        passes = Pipeline(modules, stages, meshes.pipeline.get_group(), world.device, compute)
+    if exchange is not None:
+        for module in modules:
+            module.divide_vocabulary(exchange)
+    return modules, passes
+
+
+def check_fits(recipe: Recipe, world: World, family: Family, config: Any, layout: Layout) -> Stages | None:
+    """The stages of a pipeline, if there is one. Raises RecipeError where model, data or what else the recipe
+    asks for do not go with the layout."""
+    check_layout(family, config, layout, recipe.parallel.context_method)
+    check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
+    validates = recipe.validation.every is not None
+    wanted = {
+        "loss.z_loss": recipe.loss.z_loss > 0 and layout.tensor > 1,
+        "validation": validates and layout.tensor > 1,
+    }
+    for name, refused in wanted.items():
+        if refused:
             raise RecipeError(
                 f"{name}: needs the whole vocabulary on each rank, which parallel.tensor = {layout.tensor} "
                 "divides; leave one of them out, or use parallel.shard"
             )
+    if validates and layout.pipeline > 1:
+        raise RecipeError(
+            f"validation: needs all blocks on each rank, which parallel.pipeline = {layout.pipeline} shares "
+            "out; leave one of them out, or use parallel.shard"
+        )
+    return pipeline_stages(recipe, world, recipe.plan, family, config, layout)
 
 
 def build_model(path: str, config: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from flame.recipe import Recipe
 from flame.train.hook import Hook, load_hook
 from flame.train.journal import event
 from flame.train.samples import Samples
+from flame.train.step import Passes
 from flame.train.validation import Follower, Validation
 
 
@@ -79,7 +80,7 @@ class SetReader:
 def make_validation(
     recipe: Recipe,
     world: World,
-    model: nn.Module,
+    model: nn.Module | Passes,
     guest: nn.Module,
     catalog: Catalog,
     plan: DataPlan,
@@ -90,6 +91,7 @@ def make_validation(
     wanted = recipe.validation
     if wanted.every is None:
         return None
+    assert isinstance(model, nn.Module), "a pipeline is not validated: flame.guest.check_fits"
     opened: list[tuple[Catalog, DataPlan]] = []
 
     def look() -> list[str]:

@@ -42,6 +42,9 @@ from flame.train.rehearsal import forward_backward, made_up_batch, small_model
 from flame.train.step import train_step
 
 AUTO_TOKENS = 65536  # of a micro-batch on a GPU, where micro_batch_rows is auto
+STAGE_MICRO_BATCHES = (
+    2  # for each stage of a pipeline: with more it waits less, with fewer kernels are larger
+)
 RUN_FOLDER = "kernels"  # in a run directory: the choices that the run was trained with
 WARM_STEPS = 3
 OFF_VARIABLE = "FLAME_KERNELS"  # "plain" leaves Triton's autotuners as they are
@@ -100,17 +103,24 @@ def shapes_of(plan: DataPlan, rows: list[int]) -> list[Shape]:
     ]
 
 
-def fresh_micro_batch_rows(recipe: Recipe, plan: DataPlan, ranks: int, device: torch.device) -> list[int]:
-    """The same for a run that has no checkpoint.
+def fresh_micro_batch_rows(
+    recipe: Recipe, plan: DataPlan, ranks: int, device: torch.device, pipeline_stages: int = 0
+) -> list[int]:
+    """The same for a run that has no checkpoint. `ranks` read rows of their own.
 
-    On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it.
+    On a CPU it is one row, so that a row's gradient is the same bits whichever rank has it. A pipeline gets
+    several micro-batches for each of its stages, where a step has so many rows.
     """
     if recipe.batch.micro_batch_rows is not None:
         return [recipe.batch.micro_batch_rows] * len(plan.stages)
     if device.type == "cpu":
         return [1] * len(plan.stages)
+
+    def most_rows(of_rank: int) -> int:
+        return of_rank // (pipeline_stages * STAGE_MICRO_BATCHES) if pipeline_stages else of_rank
+
     return [
-        max(1, min(-(-stage.rows_per_step // ranks), AUTO_TOKENS // stage.sequence_length))
+        max(1, min(most_rows(-(-stage.rows_per_step // ranks)), AUTO_TOKENS // stage.sequence_length))
         for stage in plan.stages
     ]
 

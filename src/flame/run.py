@@ -122,10 +122,8 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
             export_finished(recipe, saved.progress.step)
         return Exit.DONE
 
-    rows = micro_batch_rows(recipe, data.plan, guest.layout, world.device, saved)
-    validation = make_validation(
-        recipe, world, guest.with_loss, guest.model, data.catalog, data.plan, rows[0]
-    )
+    rows = micro_batch_rows(recipe, data.plan, guest, world.device, saved)
+    validation = make_validation(recipe, world, guest.passes, guest.model, data.catalog, data.plan, rows[0])
     begin(recipe, world, guest, saved)
     if tuner is not None:
         shapes = shapes_of(data.plan, rows)
@@ -189,17 +187,18 @@ def rejoin_data(recipe: Recipe, world: World, data: Data, run: Path, step: int) 
 
 
 def micro_batch_rows(
-    recipe: Recipe, plan: DataPlan, layout: Layout, device: torch.device, saved: Saved
+    recipe: Recipe, plan: DataPlan, guest: Guest, device: torch.device, saved: Saved
 ) -> list[int]:
     """Rows of a micro-batch, for each stage of the data. `auto` is resolved once and kept while the layout
     is the same."""
     if (
-        saved.layout == layout
+        saved.layout == guest.layout
         and saved.micro_batch_rows is not None
         and recipe.batch.micro_batch_rows is None
     ):
         return saved.micro_batch_rows
-    return fresh_micro_batch_rows(recipe, plan, layout.data_ranks, device)
+    stages = guest.stages.count if guest.stages is not None else 0
+    return fresh_micro_batch_rows(recipe, plan, guest.layout.data_ranks, device, stages)
 
 
 # -------------------------------------------------------------------------------------- resume
@@ -261,10 +260,9 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
     name = "resume" if saved.resumed else "start"
     told = {"origin": saved.origin} if saved.origin is not None and not saved.resumed else {}
     event(run, name, step=step, ranks=world.size, host=socket.gethostname(), pids=pids, **told)
-    parameters = sum(p.numel() for p in guest.model.parameters())
     print(
         f"{f'resuming after step {step}' if saved.resumed else in_words(saved.origin)}: "
-        f"{guest.family.name}, {parameters:,} parameters, {world.size} rank(s) on {described['device']}",
+        f"{guest.family.name}, {guest.size:,} parameters, {world.size} rank(s) on {described['device']}",
         flush=True,
     )
     groups = guest.optimizer.groups
@@ -306,7 +304,7 @@ def make_job(
         checkpoint_every=recipe.checkpoint.every,
         logging_every=recipe.logging.every,
         guest=guest.model,
-        model=guest.with_loss,
+        model=guest.passes,
         device=world.device,
         shards=guest.shards,
         optimizer=guest.optimizer,

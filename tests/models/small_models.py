@@ -171,6 +171,16 @@ def larger(name: str) -> PretrainedConfig:
     return type(SMALL[name])(**{**values, **{k: v for k, v in sizes.items() if k in values}})
 
 
+def untied(name: str, blocks: int, **settings) -> PretrainedConfig:
+    """The small model with so many blocks, whose embedding and head share nothing."""
+    values = {**SMALL[name].to_dict(), "tie_word_embeddings": False, **settings}
+    values["n_layer" if name == "gpt2" else "num_hidden_layers"] = blocks
+    for of_each_block in ("layer_types", "value_dim", "no_rope_layers"):
+        if isinstance(values.get(of_each_block), list) and len(values[of_each_block]) != blocks:
+            del values[of_each_block]
+    return type(SMALL[name])(**values)
+
+
 def initialized(config: PretrainedConfig, seed: int = 1) -> nn.Module:
     model = build_on_meta(config)
     initialize(model, config, seed, "cpu")

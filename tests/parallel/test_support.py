@@ -10,14 +10,17 @@ from models.small_models import SMALL
 from transformers import LlamaConfig
 
 from flame.errors import RecipeError
-from flame.models.family import ContextPlan
+from flame.models.family import ContextPlan, StagePlan
 from flame.models.registry import families, family_of
 from flame.models.tensor_plan import UNITS
 from flame.parallel.mesh import Layout
 from flame.parallel.support import WAYS, check_layout, check_lengths
 
-LACKING: dict[str, Any] = {"tensor": None, "context": None, "pipeline": False}
-HAS: dict[str, Any] = {"pipeline": True, "context": ContextPlan(lambda config: {})}
+LACKING: dict[str, Any] = {"tensor": None, "context": None, "pipeline": None}
+HAS: dict[str, Any] = {
+    "pipeline": StagePlan("norm", lambda states, _: states),
+    "context": ContextPlan(lambda config: {}),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -105,3 +105,32 @@ def test_without_gradients_there_is_no_penalty() -> None:
         value = module(rows(1, 3))
     assert value.item() == loss.LossModule(model, hidden, model.head)(rows(1, 3)).item()
     assert module.take_penalty() is None
+
+
+# ------------------------------------------------------------------------------ backward, twice
+
+
+class Scaling(torch.autograd.Function):
+    """As fla's fused loss: saves its gradients, and a backward pass scales them in place."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight.clone(), x.clone())
+        return (x * weight).sum()
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(saved.data.mul_(gradients[0]) for saved in ctx.saved_tensors)  # unseen by torch
+
+
+def test_a_loss_that_scales_what_it_saved_may_go_backward_twice() -> None:
+    x, weight = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        scaled = Scaling.apply(x, weight) / 4
+        return [*torch.autograd.grad(scaled, [x], retain_graph=True), *torch.autograd.grad(scaled, [weight])]
+
+    with loss.unpacked_copies():
+        found = gradients()
+    torch.testing.assert_close(found, [weight.detach() / 4, x.detach() / 4])
+    assert not torch.allclose(gradients()[1], x.detach() / 4), "without copies it is wrong"

@@ -31,6 +31,26 @@ class Hidden(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What blocks read beside the hidden states, and so travels from stage to stage with them."""
+
+    name: str  # a keyword of the blocks, which return it as well; or a parameter, by its full name
+    shape: Callable[[Any, int, int], tuple[int, ...]]  # of a config, rows and tokens a row
+    parameter: bool = False  # the first stage holds it
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How a model runs in stages of blocks: each stage runs the whole model's own code, in which others'
+    blocks pass their input on and others' modules are empty."""
+
+    norm: str  # the final norm's name
+    passed: Callable[[Tensor, dict[str, Any]], Any]  # what a block returns that only passes its input on
+    added: tuple[str, ...] = ()  # modules whose results are added to the embedding: the first stage's
+    carried: Carried | None = None
+
+
 Initialize = Callable[[Any, str, nn.Module], None]  # (model, module's full name, module)
 
 
@@ -79,7 +99,7 @@ class Family:
     cached: bool = True  # token by token with a cache it gives what it gives in parallel
     tensor: TensorPlan | None = None  # how its blocks' matrices can lie on several ranks
     context: ContextPlan | None = None  # how its rows can lie on several ranks, if they can
-    pipeline: bool = False  # its blocks can lie on several ranks
+    pipeline: StagePlan | None = None  # how its blocks lie on several ranks; None: they cannot
     gpu: bool = False  # has been run on a GPU, with its kernels, against the same checks
 
     def build(self, config: PretrainedConfig) -> nn.Module:

@@ -1,8 +1,8 @@
-"""The parallelisms, on a model built on meta, in one order: context, tensor, recompute, compile, shard."""
+"""The parallelisms, on a model on meta, in one order: context, tensor, stages, recompute, compile, shard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from flame.parallel.mesh import Meshes
 
 
+def meet_ranks(meshes: Meshes | None) -> Exchange | None:
+    """Before a model is divided: what mixes tokens learns of rows that lie on several ranks. What the tensor
+    ranks divide the model with, None where there are none."""
+    if meshes is not None and meshes.context is not None:
+        install()  # first: a divided layer keeps the functions that it finds
+    return Exchange(meshes.tensor) if meshes is not None and meshes.tensor is not None else None
+
+
 def apply_parallelism(
     root: nn.Module,
     blocks: Iterable[nn.Module],
@@ -26,15 +34,12 @@ def apply_parallelism(
     compute: torch.dtype,
     compile_blocks: bool,
     memory: MemoryConfig,
-    divide: Callable[[Exchange], None] | None = None,
 ) -> None:
-    """Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
-    `divide` applies the model's tensor plan."""
+    """The rest, on a whole model or a stage of it, divided already (`parallel.tensor`, `parallel.pipeline`).
+
+    Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
+    """
     blocks = list(blocks)
-    if meshes is not None and meshes.context is not None:
-        install()  # first: a divided layer keeps the functions that it finds
-    if meshes is not None and meshes.tensor is not None and divide is not None:
-        divide(Exchange(meshes.tensor))
     if memory.recompute != "none":
         for block in blocks[:: memory.recompute_every]:
             recompute_block(block, memory.recompute)
@@ -42,7 +47,8 @@ def apply_parallelism(
         for block in blocks:
             compile_block(block)
     if meshes is not None:
-        shard(root, blocks, meshes.data, compute)
+        # a stage meets its blocks again with the next micro-batch: they are gathered once a step
+        shard(root, blocks, meshes.data, compute, keep_gathered=meshes.pipeline is not None)
 
 
 def compile_block(block: nn.Module) -> None:

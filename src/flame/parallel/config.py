@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from flame.schema import setting
 
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv")
+
 
 @dataclass
 class ParallelConfig:
@@ -27,7 +29,26 @@ class ParallelConfig:
     tensor: int = setting(
         1, help="ranks that share each block's matrices: tensor and sequence parallel", identity=False
     )
-    pipeline: int = setting(1, help="stages of blocks, on a rank each: pipeline parallel", identity=False)
+    pipeline: int = setting(
+        1, help="ranks that share the blocks, some after the others: pipeline parallel", identity=False
+    )
+    pipeline_schedule: str = setting(
+        "1f1b",
+        help="in which order the stages of a pipeline take the micro-batches",
+        identity=False,
+        choices=SCHEDULES,
+    )
+    pipeline_stages_per_rank: int | None = setting(
+        None,
+        help="stages that one rank of a pipeline has in turn; left out: 2 for interleaved and zbv, else 1",
+        identity=False,
+    )
+    pipeline_split: list[int] | None = setting(
+        None,
+        help="how many blocks each stage of a pipeline has, such as [7, 9]; left out: balanced by parameters "
+        "and FLOPs",
+        identity=False,
+    )
 
 
 @dataclass

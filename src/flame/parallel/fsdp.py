@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute: torch.dtype) -> FSDPModule:
+def shard(
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    compute: torch.dtype,
+    *,
+    keep_gathered: bool = False,
+) -> FSDPModule:
     """Shards `root` in place, one group of parameters a block and one for the rest.
+
+    `keep_gathered`: blocks gathered for a forward pass stay whole until the backward passes are done.
 
     Parameters and their gradients stay float32; forward and backward run in `compute`. Reductions run
     in float32 on GPUs. On CPUs they run in float64, whose sums round to the same float32 in any order:
@@ -28,7 +37,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, comput
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     units = [*blocks, root]
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep_gathered else None)
     for unit in units:
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)

@@ -14,7 +14,7 @@ from flame.parallel.tensor import plan_problem
 WAYS: dict[str, Callable[[Family], bool]] = {
     "tensor": lambda family: family.tensor is not None,
     "context": lambda family: family.context is not None,
-    "pipeline": lambda family: family.pipeline,
+    "pipeline": lambda family: family.pipeline is not None,
 }
 
 

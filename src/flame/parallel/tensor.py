@@ -194,10 +194,20 @@ def _read_plain(module: nn.Module, readers: dict[str, Reader | None]) -> None:
 
 @functools.cache
 def _reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {n: property(functools.partial(_read, name=n)) for n in names})
+    def reading(name: str) -> property:
+        return property(functools.partial(_read, name=name), functools.partial(_give, name=name))
+
+    return type(kind.__name__, (kind,), {name: reading(name) for name in names})
+
+
+def _give(module: Any, value: Tensor, name: str) -> None:
+    """In place of a parameter that lies on another stage of a pipeline (`parallel.pipeline`)."""
+    module.__dict__[name] = value
 
 
 def _read(module: Any, name: str) -> Tensor:
+    if name not in module._parameters:
+        return module.__dict__[name]
     parameter = module._parameters[name]
     if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1:  # sharded over data ranks, too
         return parameter

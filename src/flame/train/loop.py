@@ -27,7 +27,7 @@ from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
-from flame.train.step import train_step
+from flame.train.step import Passes, train_step
 from flame.train.validation import Validation
 
 COLLECT_STEPS = 50
@@ -77,7 +77,7 @@ class Job:
     logging_every: Duration
 
     guest: nn.Module  # the model itself, whose names checkpoints use
-    model: nn.Module  # the guest with its loss; called with a Batch
+    model: nn.Module | Passes  # the guest with its loss, called with a Batch; or a pipeline of such
     device: torch.device
     shards: Shards  # the guest's parameters as this rank holds them
     optimizer: torch.optim.Optimizer

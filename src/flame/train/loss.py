@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
@@ -32,33 +34,49 @@ class LossModule(nn.Module):
     `hidden` gives the states before the head, [b, L, d]; `head` is the guest's output projection.
     """
 
-    def __init__(self, guest: nn.Module, hidden: HiddenStates, head: nn.Linear, z_loss: float = 0.0) -> None:
-        """`z_loss`: a penalty of so many times the square of each logsumexp of the logits, in training."""
+    def __init__(
+        self,
+        guest: nn.Module,
+        hidden: HiddenStates,
+        head: nn.Linear | None,
+        z_loss: float = 0.0,
+        *,
+        backward_twice: bool = False,
+    ) -> None:
+        """`head`: None in a part of a model that ends before it, and has no loss.
+        `z_loss`: a penalty of so many times the square of each logsumexp of the logits, in training.
+        `backward_twice`: a backward pass goes through the same loss more than once."""
         super().__init__()
+        self._backward_twice = backward_twice
         self.guest = guest
         self._hidden = hidden
-        self._z_loss = z_loss
+        self.z_loss = z_loss
         self._penalties: list[torch.Tensor] = []  # since they were last taken
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
         self.cross_entropy: CrossEntropy = cross_entropy
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """The guest's states before the head, [b, L, d]."""
+        # a bound that is nearly always the same: compiled blocks take it for a constant
+        longest = 1 << (batch.longest_segment - 1).bit_length()
+        return self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
 
     def forward(self, batch: Batch, read: Reading | None = None) -> torch.Tensor:
         """The sum of cross-entropy over the batch's predicted tokens: a float32 scalar. With `z_loss` its
         gradient is that of cross-entropy and penalty; `take_penalty` has the penalty's value. `read`: what
         it makes of the same states instead."""
-        # a bound that is nearly always the same: compiled blocks take it for a constant
-        longest = 1 << (batch.longest_segment - 1).bit_length()
-        states = self._hidden(self.guest, batch.tokens, batch.positions, batch.cu_seqlens, longest)
+        states = self.states(batch)
         head = cast("nn.Linear", self._head)
         flat, labels = states.reshape(-1, states.shape[-1]), batch.labels.reshape(-1)
         if read is not None:
             return read(flat, head, labels)
-        if self._z_loss and torch.is_grad_enabled():
-            loss, squares = cross_entropy_and_squares(flat, head.weight, head.bias, labels)
-            penalty = self._z_loss * squares
-            self._penalties.append(penalty.detach())
-            return loss + (penalty - penalty.detach())
-        return self.cross_entropy(flat, head.weight, head.bias, labels)
+        with unpacked_copies() if self._backward_twice and flat.is_cuda else nullcontext():
+            if self.z_loss and torch.is_grad_enabled():
+                loss, squares = cross_entropy_and_squares(flat, head.weight, head.bias, labels)
+                penalty = self.z_loss * squares
+                self._penalties.append(penalty.detach())
+                return loss + (penalty - penalty.detach())
+            return self.cross_entropy(flat, head.weight, head.bias, labels)
 
     def take_penalty(self) -> torch.Tensor | None:
         """The penalty over the micro-batches since it was last taken, a float64 scalar; None without one."""
@@ -67,8 +85,10 @@ class LossModule(nn.Module):
 
     def divide_vocabulary(self, exchange: Exchange) -> None:
         """The head's weights, divided already, are this rank's part of the vocabulary."""
-        first = exchange.rank * -(-cast("nn.Linear", self._head).out_features // exchange.size)
-        self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
+        head = cast("nn.Linear | None", self._head)
+        if head is not None:
+            first = exchange.rank * -(-head.out_features // exchange.size)
+            self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
 
 
 def divide_with_loss(model: LossModule, family: Family, exchange: Exchange) -> None:
@@ -135,6 +155,16 @@ def token_losses(states: torch.Tensor, head: nn.Linear, labels: torch.Tensor) ->
         for part, target in pairs
     ]
     return torch.cat(parts)
+
+
+def unpacked_copies() -> saved_tensors_hooks:
+    """Within, a backward pass gets copies of what a forward pass saved. fla's fused loss saves its gradients
+    and scales them in place: the second time it would scale them again."""
+    return saved_tensors_hooks(_as_it_is, torch.clone)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def fused_cross_entropy(

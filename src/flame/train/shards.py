@@ -54,7 +54,9 @@ class Piece:
 class Shards:
     """All parameters of a model that FSDP2 shards; its memory stays where it is (`parallel.fsdp.settle`)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pipeline: dist.ProcessGroup | None = None) -> None:
+        """`pipeline`: the ranks that hold the model's other blocks."""
+        self._pipeline = pipeline
         self.pieces = [
             Piece(name, parameter, nn.Parameter(_plain(parameter), requires_grad=parameter.requires_grad))
             for name, parameter in model.named_parameters()
@@ -108,8 +110,9 @@ class Shards:
     def gradient_norm(self) -> torch.Tensor:
         """The 2-norm of all gradients taken, as one float32 scalar that is equal on every rank.
 
-        Squares are summed over the mesh dimensions a parameter is sharded on; replicas count once. On
-        CPUs the sums are float64, so that the shards' sizes do not show (see `parallel.fsdp.shard`).
+        Squares are summed over the mesh dimensions a parameter is sharded on, replicas counted once, then
+        over the stages of a pipeline. On CPUs the sums are float64, so that the shards' sizes do not show
+        (see `parallel.fsdp.shard`).
         """
         device = self.pieces[0].local.device
         precision = _precision(device)
@@ -123,6 +126,8 @@ class Shards:
             for group in groups:
                 dist.all_reduce(squares, group=group)
             total += squares
+        if self._pipeline is not None:
+            dist.all_reduce(total, group=self._pipeline)
         return total.sqrt().float()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,8 +26,20 @@ class StepResult:
     )
 
 
+class Passes(Protocol):
+    """Another way through a step's micro-batches than one after the other: a pipeline."""
+
+    def run(self, batches: list[Batch], *, predicted: int, seed: tuple[int, ...]) -> torch.Tensor:
+        """Forward and backward of all, gradients added up and reduced; this rank's part of the loss's sum."""
+        ...
+
+    def take_penalty(self) -> torch.Tensor | None:
+        """As `LossModule.take_penalty`."""
+        ...
+
+
 def train_step(
-    model: nn.Module,
+    model: nn.Module | Passes,
     shards: Shards,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[Batch],
@@ -42,16 +55,12 @@ def train_step(
     the parameters and the optimizer's state untouched.
     """
     batches = list(micro_batches)
-    losses: list[torch.Tensor] = []
 
     # forward and backward: gradients add up, the last micro-batch reduces them over the ranks
-    for number, batch in enumerate(batches):
-        shards.begin(model, last=number == len(batches) - 1)
-        seed_generators(*seed, batch.first_row)
-        loss: torch.Tensor = model(batch)
-        (loss / max(1, predicted)).backward()
-        shards.collect()
-        losses.append(loss.detach())
+    if isinstance(model, nn.Module):
+        loss_sum = one_by_one(model, shards, batches, predicted, seed)
+    else:
+        loss_sum = model.run(batches, predicted=predicted, seed=seed)
 
     # one norm on every rank, which clips, is logged, and tells whether the update may happen
     gradients = shards.take_gradients()
@@ -61,8 +70,26 @@ def train_step(
     update(optimizer, norm)
     shards.updated()
     shards.drop_gradients()
-    penalty = model.take_penalty() if isinstance(model, LossModule) else None
-    return StepResult(torch.stack(losses).double().sum(), norm, penalty)
+    if isinstance(model, LossModule) or not isinstance(model, nn.Module):
+        penalty = model.take_penalty()
+    else:
+        penalty = None
+    return StepResult(loss_sum, norm, penalty)
+
+
+def one_by_one(
+    model: nn.Module, shards: Shards, batches: list[Batch], predicted: int, seed: tuple[int, ...]
+) -> torch.Tensor:
+    """Each micro-batch forward and back; the sum of their losses, float64."""
+    losses: list[torch.Tensor] = []
+    for number, batch in enumerate(batches):
+        shards.begin(model, last=number == len(batches) - 1)
+        seed_generators(*seed, batch.first_row)
+        loss: torch.Tensor = model(batch)
+        (loss / max(1, predicted)).backward()
+        shards.collect()
+        losses.append(loss.detach())
+    return torch.stack(losses).double().sum()
 
 
 def seed_generators(*numbers: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flame.models.families import forgetting, initial, mamba2
 from flame.models.families.recurrent import layer_flops
-from flame.models.family import ContextPlan, Family, Initialize, own_rule
+from flame.models.family import Carried, ContextPlan, Family, Initialize, StagePlan, own_rule
 from flame.models.tensor_plan import TensorPlan
 
 # the trainer computes the loss from hidden states, so fla's fused losses are off
@@ -119,6 +119,40 @@ def _lightnet_heads(config: Any) -> dict[str, int]:
     )
 
 
+# --------------------------------------------------------------------------------------- stages
+
+
+def _passed(fourth: str | None) -> Any:
+    """fla's blocks return states, attentions and cache, and most of them one more of their arguments."""
+
+    def passed(states: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        three = (states, None, arguments.get("past_key_values"))
+        return three if fourth is None else (*three, arguments.get(fourth))
+
+    return passed
+
+
+def _stages(
+    norm: str = "model.norm", fourth: str | None = "attnres_states", carried: Carried | None = None
+) -> StagePlan:
+    return StagePlan(norm, _passed(fourth), carried=carried)
+
+
+def _first_values(config: Any, rows: int, length: int) -> tuple[int, ...]:
+    """RWKV7's later layers mix the first layer's values into theirs."""
+    widths = getattr(config, "value_dim", None) or config.hidden_size
+    return 1, rows * length, widths[0] if isinstance(widths, list) else widths
+
+
+def _lower_bounds(config: Any, rows: int, length: int) -> tuple[int, ...]:
+    """HGRN's table of bounds, one softmax over all layers."""
+    return config.num_hidden_layers, config.hidden_size
+
+
+_BOUNDED = _stages(carried=Carried("model.lower_bounds", _lower_bounds, parameter=True))
+_VALUES = _stages(fourth="v_first", carried=Carried("v_first", _first_values))
+
+
 # -------------------------------------------------------------------------------------- records
 
 
@@ -130,6 +164,7 @@ def _family(
     hidden: Any = _hidden,
     base: str = "model",
     compiles: bool = False,
+    pipeline: StagePlan | None = None,
     gpu: bool = False,
     tables: tuple[tuple[str, int], ...] = (),
     context: ContextPlan | None = None,
@@ -148,12 +183,13 @@ def _family(
         undecayed=("lower_bounds", "x_bias", "bonus", "r_k"),  # HGRN's and RWKV's
         settings=_SETTINGS,
         context=context or ContextPlan(_heads),
+        pipeline=pipeline or _stages(),
         gpu=gpu,
         tensor=TensorPlan(norm=f"{base}.norm_f" if base == "backbone" else f"{base}.norm", tables=tables),
     )
 
 
-_LOWER_BOUNDS = (("model.lower_bounds", 1),)  # a layer's are divided as its channels are
+_TABLES = (("model.lower_bounds", 1),)  # a layer's are divided as its channels are
 
 forgetting.install()
 mamba2.install()
@@ -165,14 +201,20 @@ FLA_FAMILIES: tuple[Family, ...] = (
     _family("gated_deltaproduct", initialize=initial.gates),
     _family("kda", initialize=initial.gates),
     _family("comba", initialize=initial.comba, refuses=_comba_refuses),
-    _family("mamba2", initialize=own_rule, refuses=_mamba2_refuses, base="backbone"),
+    _family(
+        "mamba2",
+        initialize=own_rule,
+        refuses=_mamba2_refuses,
+        base="backbone",
+        pipeline=_stages("backbone.norm_f", None),
+    ),
     _family("retnet"),
     _family("linear_attn", hidden=_linear_attn_hidden, refuses=_refuses_but_mode),
-    _family("hgrn", refuses=_hgrn_refuses, tables=_LOWER_BOUNDS, context=ContextPlan(_channels)),
-    _family("hgrn2", tables=_LOWER_BOUNDS),
+    _family("hgrn", refuses=_hgrn_refuses, tables=_TABLES, context=ContextPlan(_channels), pipeline=_BOUNDED),
+    _family("hgrn2", tables=_TABLES, pipeline=_BOUNDED),
     _family("gsa"),
-    _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses),
-    _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses),
+    _family("rwkv6", initialize=initial.rwkv6, refuses=_rwkv_refuses, pipeline=_stages(fourth=None)),
+    _family("rwkv7", initialize=initial.rwkv7, refuses=_rwkv_refuses, pipeline=_VALUES),
     _family("lightnet", context=ContextPlan(_lightnet_heads, hands_on=False)),
     _family("forgetting_transformer", initialize=own_rule),
     _family("transformer", compiles=True, gpu=True),

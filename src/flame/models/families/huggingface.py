@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from flame.errors import ModelError
 from flame.models.attention import PACKED
 from flame.models.families.leak import problem
-from flame.models.family import ContextPlan, Family
+from flame.models.family import ContextPlan, Family, StagePlan
 from flame.models.flops import FlopCount, matrix_flops
 from flame.models.tensor_plan import TensorPlan
 
@@ -80,6 +80,13 @@ def _needs_whole_rows(config: Any) -> str | None:
 _CONTEXT = ContextPlan(_heads, refuses=_needs_whole_rows)
 
 
+def _passed(states: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return states
+
+
+_STAGES = StagePlan(norm="model.norm", passed=_passed)
+
+
 def _family(
     model_type: str,
     *,
@@ -87,6 +94,7 @@ def _family(
     embedding: str = "model.embed_tokens",
     refuses: Any = _refuses,
     compiles: bool = False,
+    pipeline: StagePlan | None = _STAGES,
     gpu: bool = False,
     tensor: TensorPlan | None = None,
     context: ContextPlan | None = _CONTEXT,
@@ -105,6 +113,7 @@ def _family(
         attention=PACKED,
         source="transformers",
         context=context,
+        pipeline=pipeline,
         gpu=gpu,
         tensor=tensor,
     )
@@ -125,6 +134,7 @@ HUGGINGFACE_FAMILIES: tuple[Family, ...] = (
         layers="transformer.h",
         embedding="transformer.wte",
         tensor=TensorPlan(norm="transformer.ln_f", positions="transformer.wpe"),
+        pipeline=StagePlan(norm="transformer.ln_f", passed=_passed, added=("transformer.wpe",)),
     ),
 )
 
@@ -150,12 +160,12 @@ def _proven(kind: type[PretrainedConfig], text: str) -> Family:
         raise ModelError(
             f"transformers has no causal language model of type {model_type}; use one of {known}"
         )
-    family = _family(model_type)
+    family = _family(model_type, pipeline=None)
     try:
         model = family.build(config)
         # that tokens are mixed by attention alone has not been shown
         layers, embedding = _stack(model, config), _embedding(model)
-        family = _family(model_type, layers=layers, embedding=embedding, context=None)
+        family = _family(model_type, layers=layers, embedding=embedding, context=None, pipeline=None)
         reason = problem(family, config)
     except Exception as error:  # a guest's code raises whatever it likes
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
