@@ -27,6 +27,7 @@ from flame.train.hook import load_hook, numbers_of
 from flame.train.loss import LossModule, token_losses
 from flame.train.metrics import Meter
 from flame.train.samples import continue_all
+from flame.train.step import StepResult
 from flame.train.validation import evaluating, figures_of, loss_sums
 
 CPU = torch.device("cpu")
@@ -168,7 +169,7 @@ def test_a_pause_is_no_part_of_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> 
     meter.start()
     counts = SimpleNamespace(tokens=100, predicted=99, padding=0, digest=0)
     agreed: Any = SimpleNamespace(counts=counts, epoch=0, epochs=np.zeros(0, np.int64))
-    result: Any = SimpleNamespace(loss_sum=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
+    result: Any = StepResult(torch.tensor(1.0), torch.tensor(1.0))
     progress: Any = SimpleNamespace(step=1, tokens=100, documents=1, records=[], sources=[])
     meter.count(agreed, result, 0.0)
     clock = iter([began + 5.0])
