@@ -24,7 +24,8 @@ from flame.models.build import build_on_meta, initialize
 from flame.models.export import load_exported
 from flame.models.family import Family
 from flame.models.pretrained import folder_config
-from flame.models.registry import family_of, load_config
+from flame.models.registry import family_of
+from flame.origin import model_config
 from flame.recipe import FILE, Recipe, run_recipe
 from flame.schema import parse_count
 from flame.train.checkpoint import step_directory
@@ -116,6 +117,7 @@ def held_out_loss(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if (path / FILE).exists():
         recipe = run_recipe(path)
+        recipe.run.directory = str(path)  # it may have moved
         guest, family = of_checkpoint(path, recipe, step, device)
         tokenizer, longest = recipe.tokenizer, recipe.data.sequence_length
     elif (path / "config.json").exists():
@@ -145,7 +147,7 @@ def of_checkpoint(
     run: Path, recipe: Recipe, step: int | None, device: torch.device
 ) -> tuple[nn.Module, Family]:
     """The model of a run's checkpoint, as it was trained."""
-    config = load_config(recipe.model.config, recipe.model.module)
+    config = model_config(recipe)
     family, model = family_of(config), build_on_meta(config)
     initialize(model, config, recipe.run.seed, torch.device("cpu"))
     model.load_state_dict(dict(SavedTensors(step_directory(run, choose_step(run, step)))), strict=False)
