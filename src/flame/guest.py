@@ -53,7 +53,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     layout = resolve_layout(recipe.parallel, world.size)
     check_layout(family, config, layout)
     check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
-    check_whole_vocabulary(recipe, layout)
+    check_whole_model(recipe, layout)
     compute = compute_dtype(recipe, world.device)
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
@@ -85,14 +85,16 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     return Guest(config, family, model, with_loss, shards, optimizer, compute, layout, place)
 
 
-def check_whole_vocabulary(recipe: Recipe, layout: Layout) -> None:
-    """Refuses what reads whole rows of logits where tensor ranks share the vocabulary. Raises RecipeError."""
-    asking = {"loss.z_loss": recipe.loss.z_loss > 0, "validation": recipe.validation.every is not None}
-    for name, wanted in asking.items():
-        if layout.tensor > 1 and wanted:
+def check_whole_model(recipe: Recipe, layout: Layout) -> None:
+    """Refuses what calls the model itself, for its logits, where tensor ranks have parts of it. Raises
+    RecipeError."""
+    wanted = recipe.validation
+    asking = {"validation.prompts": bool(wanted.prompts), "validation.hook": wanted.hook is not None}
+    for name, asked in asking.items():
+        if layout.tensor > 1 and wanted.every is not None and asked:
             raise RecipeError(
-                f"{name}: needs the whole vocabulary on each rank, which parallel.tensor = {layout.tensor} "
-                "divides; leave one of them out, or use parallel.shard"
+                f"{name}: needs a whole model on each rank, which parallel.tensor = {layout.tensor} divides; "
+                "leave one of them out, or use parallel.shard"
             )
 
 

@@ -16,6 +16,7 @@ from flame.data.tokens import Tokenizer
 from flame.data.validation import open_validation, overlaps
 from flame.data.validation_set import DOCUMENTS, TOKENS, ValidationSet, read_validation_set
 from flame.errors import DataError, RecipeError
+from flame.guest import Guest
 from flame.parallel.world import World
 from flame.recipe import Recipe
 from flame.train.hook import Hook, load_hook
@@ -79,14 +80,13 @@ class SetReader:
 def make_validation(
     recipe: Recipe,
     world: World,
-    model: nn.Module,
-    guest: nn.Module,
+    guest: Guest,
     catalog: Catalog,
     plan: DataPlan,
     micro_batch_rows: int,
 ) -> Validation | None:
-    """The validation that a recipe asks for. `model`: the guest with its loss. `micro_batch_rows`: of the
-    first stage of the data. Raises FlameError, on every rank, for what cannot be."""
+    """The validation that a recipe asks for. `micro_batch_rows`: of the first stage of the data. Raises
+    FlameError, on every rank, for what cannot be."""
     wanted = recipe.validation
     if wanted.every is None:
         return None
@@ -104,17 +104,18 @@ def make_validation(
     reader = SetReader(
         world,
         (lambda: read_validation_set(*opened[0])) if world.rank == 0 else None,
-        lambda whole: whole.share(world.rank, world.size, micro_batch_rows),
+        lambda whole: whole.share(guest.place.data, guest.layout.data_ranks, micro_batch_rows),
         lambda whole, seconds: tell(recipe, whole, seconds, notes),
     )
     return Validation(
         every=wanted.every,
         at_start=wanted.at_start,
         reader=reader,
-        model=model,
+        model=guest.with_loss,
         device=world.device,
         group=world.control,
-        followers=followers_of(recipe, world, model, guest, catalog),
+        counts=guest.place.speaks,
+        followers=followers_of(recipe, world, guest.with_loss, guest.model, catalog),
     )
 
 

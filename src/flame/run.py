@@ -122,9 +122,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, guest.layout, world.device, saved)
-    validation = make_validation(
-        recipe, world, guest.with_loss, guest.model, data.catalog, data.plan, rows[0]
-    )
+    validation = make_validation(recipe, world, guest, data.catalog, data.plan, rows[0])
     begin(recipe, world, guest, saved)
     if tuner is not None:
         shapes = shapes_of(data.plan, rows)

@@ -102,7 +102,7 @@ def held_out_loss(
     size = max(1, AUTO_TOKENS // rows.length) if device.type == "cuda" else 1
     model = LossModule(guest.to(device), family.hidden, family.head(guest))
     with evaluating(model, device):
-        sums = loss_sums(model, share := rows.share(0, 1, size), device, None)
+        sums = loss_sums(model, share := rows.share(0, 1, size), device)
     return figures_of(share, sums)
 
 
