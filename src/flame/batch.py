@@ -96,6 +96,7 @@ class HeldOutBatch(NamedTuple):
     batch: Batch
     rows: list[int]  # their numbers in the set; -1 for filler
     sources: np.ndarray  # int64 [b, L]: the source of each token, -1 where there is none
+    first: int = 0  # of the b * L tokens, where those of `batch` begin: it may be a part of the rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,15 +136,15 @@ def check_fits(recipe: Recipe, world: World, family: Family, config: Any, layout
     check_layout(family, config, layout, recipe.parallel.context_method)
     check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
     validates = recipe.validation.every is not None
-    wanted = {
-        "loss.z_loss": recipe.loss.z_loss > 0 and layout.tensor > 1,
-        "validation": validates and layout.tensor > 1,
+    asking = {
+        "validation.prompts": bool(recipe.validation.prompts),
+        "validation.hook": recipe.validation.hook is not None,
     }
-    for name, refused in wanted.items():
-        if refused:
+    for name, asked in asking.items():
+        if layout.tensor > 1 and validates and asked:
             raise RecipeError(
-                f"{name}: needs the whole vocabulary on each rank, which parallel.tensor = {layout.tensor} "
-                "divides; leave one of them out, or use parallel.shard"
+                f"{name}: needs a whole model on each rank, which parallel.tensor = {layout.tensor} divides; "
+                "leave one of them out, or use parallel.shard"
             )
     if validates and layout.pipeline > 1:
         raise RecipeError(

@@ -16,13 +16,15 @@ from flame.data.tokens import Tokenizer
 from flame.data.validation import open_validation, overlaps
 from flame.data.validation_set import DOCUMENTS, TOKENS, ValidationSet, read_validation_set
 from flame.errors import DataError, RecipeError
+from flame.guest import Guest
+from flame.parallel.context import PartOfHeldOutRows
 from flame.parallel.world import World
 from flame.recipe import Recipe
 from flame.train.hook import Hook, load_hook
 from flame.train.journal import event
+from flame.train.loss import LossModule
 from flame.train.samples import Samples
-from flame.train.step import Passes
-from flame.train.validation import Follower, Validation
+from flame.train.validation import Follower, RowSet, Validation
 
 
 class SetReader:
@@ -33,7 +35,7 @@ class SetReader:
         self,
         world: World,
         read: Callable[[], ValidationSet] | None,
-        share: Callable[[ValidationSet], ValidationSet],
+        share: Callable[[ValidationSet], RowSet],
         tell: Callable[[ValidationSet, float], None],
     ) -> None:
         """`read`: on rank 0. `share`: this rank's part. `tell`: of the set and the seconds it took."""
@@ -41,7 +43,7 @@ class SetReader:
         self._thread: threading.Thread | None = None
         self._whole: ValidationSet | None = None
         self._error: BaseException | None = None
-        self._mine: ValidationSet | None = None
+        self._mine: RowSet | None = None
 
     def begin(self) -> None:
         if self._read is None or self._thread is not None:
@@ -52,7 +54,7 @@ class SetReader:
     def failure(self) -> DataError | None:
         return self._error if isinstance(self._error, DataError) else None
 
-    def rows(self) -> ValidationSet:
+    def rows(self) -> RowSet:
         if self._mine is None:
             self._mine = self._share(self._world.from_rank_zero(self._wait))
             self._whole = None
@@ -80,18 +82,18 @@ class SetReader:
 def make_validation(
     recipe: Recipe,
     world: World,
-    model: nn.Module | Passes,
-    guest: nn.Module,
+    guest: Guest,
     catalog: Catalog,
     plan: DataPlan,
     micro_batch_rows: int,
 ) -> Validation | None:
-    """The validation that a recipe asks for. `model`: the guest with its loss. `micro_batch_rows`: of the
-    first stage of the data. Raises FlameError, on every rank, for what cannot be."""
+    """The validation that a recipe asks for. `micro_batch_rows`: of the first stage of the data. Raises
+    FlameError, on every rank, for what cannot be."""
     wanted = recipe.validation
     if wanted.every is None:
         return None
-    assert isinstance(model, nn.Module), "a pipeline is not validated: flame.guest.check_fits"
+    model, context = guest.passes, guest.meshes.context if guest.meshes is not None else None
+    assert isinstance(model, LossModule), "a pipeline is not validated: flame.guest.check_fits"
     opened: list[tuple[Catalog, DataPlan]] = []
 
     def look() -> list[str]:
@@ -103,10 +105,17 @@ def make_validation(
     notes = world.from_rank_zero(look)
     for note in notes if world.rank == 0 else ():
         print(f"warning: {note}", flush=True)
+
+    def share(whole: ValidationSet) -> RowSet:
+        mine = whole.share(guest.place.data, guest.layout.data_ranks, micro_batch_rows)
+        if context is None:
+            return mine
+        return PartOfHeldOutRows(mine, context, recipe.parallel.context_method)
+
     reader = SetReader(
         world,
         (lambda: read_validation_set(*opened[0])) if world.rank == 0 else None,
-        lambda whole: whole.share(world.rank, world.size, micro_batch_rows),
+        share,
         lambda whole, seconds: tell(recipe, whole, seconds, notes),
     )
     return Validation(
@@ -116,7 +125,8 @@ def make_validation(
         model=model,
         device=world.device,
         group=world.control,
-        followers=followers_of(recipe, world, model, guest, catalog),
+        counts=guest.place.tensor == 0,
+        followers=followers_of(recipe, world, model, guest.model, catalog),
     )
 
 

@@ -123,7 +123,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, guest, world.device, saved)
-    validation = make_validation(recipe, world, guest.passes, guest.model, data.catalog, data.plan, rows[0])
+    validation = make_validation(recipe, world, guest, data.catalog, data.plan, rows[0])
     begin(recipe, world, guest, saved)
     if tuner is not None:
         shapes = shapes_of(data.plan, rows)
@@ -229,8 +229,13 @@ def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, ste
         )
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
-    layout = Layout(**extra["layout"]) if extra["layout"] else None  # older runs wrote down their ranks alone
+    layout = saved_layout(extra)
     return Saved(Progress(**train_record), state, extra["micro_batch_rows"], layout, origin, True)
+
+
+def saved_layout(record: dict[str, Any]) -> Layout | None:
+    """The layout that a checkpoint was saved on; older runs wrote down their ranks alone."""
+    return Layout(**record["layout"]) if record.get("layout") else None
 
 
 def begin_anew(recipe: Recipe, world: World, guest: Guest, data: Data) -> tuple[Data, Saved]:
@@ -242,7 +247,7 @@ def begin_anew(recipe: Recipe, world: World, guest: Guest, data: Data) -> tuple[
     data, state = rejoin_data(recipe, world, data, trunk.run, trunk.step)
     record = read_record(trunk.run, trunk.step, "train.json")
     progress = Progress(**{f.name: record[f.name] for f in fields(Progress) if f.name in record})
-    return data, Saved(progress, state, record["micro_batch_rows"], record["ranks"], origin)
+    return data, Saved(progress, state, record["micro_batch_rows"], saved_layout(record), origin)
 
 
 # ------------------------------------------------------------------------------------ assembly

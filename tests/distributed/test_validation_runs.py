@@ -13,6 +13,7 @@ import torch
 from distributed.ranks import metrics, train_on, wait_for_step
 
 from flame import cli
+from flame.parallel.mesh import Layout
 from flame.train.checkpoint import saved_steps, step_directory
 from flame.train.journal import read_lines
 from flame.train.saved_tensors import SavedTensors
@@ -113,6 +114,50 @@ def test_figures_are_the_same_on_any_number_of_ranks(write_recipe, tmp_path: Pat
         ]
     written = [(tmp_path / f"on{ranks}" / "samples.jsonl").read_text() for ranks in (1, 2, 3, 4)]
     assert written == [written[0]] * 4
+
+
+def test_ranks_that_share_rows_or_the_vocabulary_validate_and_penalise_as_one_does(
+    write_recipe, tmp_path: Path, own: str
+) -> None:
+    layouts = {}, {"tensor": 2}, {"context": 2}, {"tensor": 2, "shard": 2}, {"context": 2, "tensor": 2}
+    found: list[tuple[list[Any], list[Any]]] = []
+    for number, layout in enumerate(layouts):
+        sizes = "\n".join(f"{name} = {size}" for name, size in layout.items())
+        more = f"at_start = true\n[loss]\nz_loss = 1e-2\n[parallel]\n{sizes}"
+        recipe = write_recipe(f"run-{number}", "llama", steps=6, replaced=validating(own + more))
+        assert train_on(ranks := Layout(**layout).ranks, recipe).codes() == [0] * ranks
+        records = [(r["loss"], r["grad_norm"], r["z_loss"]) for r in metrics(tmp_path / f"run-{number}")]
+        found.append((records, validations(tmp_path / f"run-{number}")))
+    (records, events), *others = found
+    assert all(record[2] > 0 for record in records)
+    for divided, validated in others:
+        for got, wanted in zip(divided, records, strict=True):
+            assert got == pytest.approx(wanted, rel=2e-4)
+        for got, wanted in zip(validated, events, strict=True):
+            assert got["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
+            assert [got[k] for k in ("step", *FIGURES[2:5])] == [wanted[k] for k in ("step", *FIGURES[2:5])]
+            assert got["sources"].keys() == wanted["sources"].keys()
+
+
+def test_a_pipeline_is_not_validated(write_recipe, tmp_path: Path, own: str) -> None:
+    changed = validating(own + "[parallel]\npipeline = 2\n")
+    trainer = train_on(2, write_recipe("run", "llama", replaced=changed))
+    assert trainer.codes() == [1, 1]
+    assert "validation: needs all blocks on each rank, which parallel.pipeline = 2" in trainer.error()
+
+
+@pytest.mark.parametrize("more", ['prompts = "def f("', 'hook = "hook.py:evaluate"'])
+def test_what_needs_a_whole_model_is_refused_where_tensor_ranks_divide_it(
+    write_recipe, tmp_path: Path, own: str, more: str
+) -> None:
+    changed = validating(own + f"{more}\n[parallel]\ntensor = 2\n")
+    trainer = train_on(2, write_recipe("run", "llama", replaced=changed))
+    assert trainer.codes() == [1, 1]
+    setting = more.split(" ")[0]
+    assert (
+        f"validation.{setting}: needs a whole model on each rank, which parallel.tensor = 2"
+        in trainer.error()
+    )
 
 
 def test_a_fraction_is_validated_and_an_interrupted_run_has_the_same_validations(

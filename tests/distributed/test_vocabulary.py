@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from flame.batch import IGNORED
 from flame.parallel import vocabulary
 from flame.parallel.exchange import Exchange
-from flame.parallel.vocabulary import token_losses, vocabulary_cross_entropy
+from flame.parallel.vocabulary import token_losses, vocabulary_cross_entropy, vocabulary_token_losses
 
 
 def join() -> Exchange:
@@ -39,6 +39,11 @@ def compare_losses() -> int:
             exchange, rows.start, states, parts[0], parts[1] if bias else None, labels
         )
         torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-5)
+        of_tokens = vocabulary_token_losses(
+            exchange, rows.start, states, parts[0], parts[1] if bias else None, labels
+        )
+        each = F.cross_entropy(head(states), labels, ignore_index=IGNORED, reduction="none")
+        torch.testing.assert_close(of_tokens, each, rtol=1e-6, atol=1e-5)
         got = torch.autograd.grad(loss / 3, [states, *parts])
         of_states = got[0].clone()
         dist.all_reduce(of_states)  # what the gather's backward does

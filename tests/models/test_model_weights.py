@@ -23,7 +23,7 @@ from flame.models.registry import family_of
 from flame.models.weights import find_weights, open_weights
 from flame.models.zoo import quiet
 from flame.parallel.apply import apply_parallelism
-from flame.parallel.config import ParallelConfig
+from flame.parallel.config import MemoryConfig, ParallelConfig
 from flame.parallel.mesh import build_meshes, resolve_layout
 from flame.parallel.world import join_world
 
@@ -238,9 +238,11 @@ def fill_sharded(folder: Path, replicate: int) -> int:
     world = join_world()
     config = folder_config(folder)
     family, model = family_of(config), build_on_meta(config)
-    mesh = build_meshes(resolve_layout(ParallelConfig(replicate=replicate), world.size), "cpu").data
+    meshes = build_meshes(resolve_layout(ParallelConfig(replicate=replicate), world.size), "cpu")
     blocks = [block for _, block in family.blocks(model)]
-    apply_parallelism(model, blocks, mesh, compute=torch.float32, compile_blocks=False)
+    apply_parallelism(
+        model, blocks, meshes, compute=torch.float32, compile_blocks=False, memory=MemoryConfig()
+    )
     initialize(model, config, 5, "cpu")
     weights, read = open_weights(folder), 0
     original = type(weights).read

@@ -78,9 +78,9 @@ def test_nothing_is_left_of_an_evaluation(dropping: LossModule) -> None:
     modes = [module.training for module in dropping.modules()]
     state = torch.get_rng_state()
     with evaluating(dropping, CPU):
-        first = loss_sums(dropping, Rows(), CPU, None)
+        first = loss_sums(dropping, Rows(), CPU)
         torch.rand(7)
-        assert (loss_sums(dropping, Rows(), CPU, None) == first).all()
+        assert (loss_sums(dropping, Rows(), CPU) == first).all()
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in dropping.modules()] == modes
@@ -93,12 +93,12 @@ def test_nothing_is_left_of_an_evaluation(dropping: LossModule) -> None:
 def test_sums_are_of_each_source_and_add_up_alike_however_rows_are_shared(dropping: LossModule) -> None:
     dropping.eval()
     with torch.no_grad():
-        whole = loss_sums(dropping, Rows(), CPU, None)
+        whole = loss_sums(dropping, Rows(), CPU)
         total = sum(float(dropping(part.batch).double()) for part in Rows().batches())
         assert whole.sum() == pytest.approx(total, rel=1e-6)
-        parts = [loss_sums(dropping, Rows(rank, 3), CPU, None) for rank in range(3)]
+        parts = [loss_sums(dropping, Rows(rank, 3), CPU) for rank in range(3)]
         assert sum(parts) == pytest.approx(whole, rel=1e-12)
-        assert loss_sums(dropping, Rows(size=4), CPU, None) == pytest.approx(whole, rel=1e-6)
+        assert loss_sums(dropping, Rows(size=4), CPU) == pytest.approx(whole, rel=1e-6)
     found = figures_of(Rows(), whole)
     assert found["loss"] == pytest.approx(whole.sum() / 44)
     assert found["sources"]["a"]["bits_per_byte"] == pytest.approx(whole[0] / math.log(2) / 90)
@@ -114,8 +114,9 @@ def test_a_loss_that_is_not_finite_stays_with_its_source(dropping: LossModule) -
         losses[5:] = math.nan  # of source b in odd rows, of a in even ones
         return losses
 
-    rows = OneBad(rank=1, ranks=2)
-    sums = loss_sums(cast("Any", forward), rows, CPU, None)
+    rows, model = OneBad(rank=1, ranks=2), cast("Any", forward)
+    model.token_losses = None
+    sums = loss_sums(model, rows, CPU)
     assert sums[0] == 15 and math.isnan(sums[1])
 
 
@@ -124,7 +125,7 @@ def test_the_loss_of_each_token_adds_up_over_chunks(monkeypatch: pytest.MonkeyPa
     states, head = torch.randn(10, 12), nn.Linear(12, 50)
     labels = torch.tensor([3, -100, 7, 9, 11, -100, 0, 49, 5, 6])
     with torch.no_grad():
-        found = token_losses(states, head, labels)
+        found = token_losses(states, head.weight, head.bias, labels)
         assert torch.equal(found == 0, labels == -100)
         wanted = F.cross_entropy(head(states), labels, ignore_index=-100, reduction="sum")
     torch.testing.assert_close(found.sum(), wanted)

@@ -13,17 +13,18 @@ computed again, and several micro-batches may be on their way at once.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flame.batch import Batch, StepRows
+from flame.batch import Batch, HeldOutBatch, StepRows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -141,6 +142,33 @@ class PartOfRows:
         step = self._rows.next_step()
         parts = tuple(split_batch(batch, self._group, self._method) for batch in step.micro_batches)
         return replace(step, micro_batches=parts)
+
+
+class HeldOutRows(Protocol):
+    """A set of validation rows."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+    @property
+    def counts(self) -> np.ndarray: ...
+    @property
+    def total_rows(self) -> int: ...
+    def batches(self) -> Iterator[HeldOutBatch]: ...
+
+
+class PartOfHeldOutRows:
+    """A set of validation rows that gives this rank's run of each micro-batch; its counts are the whole's."""
+
+    def __init__(self, rows: HeldOutRows, mesh: DeviceMesh, method: str) -> None:
+        self._rows, self._group, self._method = rows, mesh.get_group(), method
+        self.sources, self.counts, self.total_rows = rows.sources, rows.counts, rows.total_rows
+
+    def batches(self) -> Iterator[HeldOutBatch]:
+        """As the set's own."""
+        for whole in self._rows.batches():
+            run = split_batch(whole.batch, self._group, self._method)
+            first = dist.get_rank(self._group) * run.tokens.numel()
+            yield whole._replace(batch=run, first=first)
 
 
 # ----------------------------------------------------------------------------------- exchanges

@@ -23,17 +23,34 @@ def vocabulary_cross_entropy(
     `weight [v, d]` and `bias [v]` are this rank's rows of the head, from row `first` of the whole on. The
     gradient of the states is this rank's part of a sum.
     """
+    return vocabulary_sums(exchange, first, states, weight, bias, labels)[0]
 
-    def chunk_loss(states: Tensor, labels: Tensor) -> Tensor:
-        losses, _ = token_losses(exchange, first, F.linear(states, weight, bias), labels)
-        return torch.where(labels != IGNORED, losses, 0.0).sum()
+
+def vocabulary_sums(
+    exchange: Exchange, first: int, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> Tensor:
+    """The same, and the sum of squared logsumexps of the logits, over predicted tokens: float32 [2]."""
+
+    def chunk_sums(states: Tensor, labels: Tensor) -> Tensor:
+        both = token_losses(exchange, first, F.linear(states, weight, bias), labels)
+        losses, normalisers = (torch.where(labels != IGNORED, of_tokens, 0.0) for of_tokens in both)
+        return torch.stack([losses.sum(), normalisers.square().sum()])
 
     pairs = list(zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True))
     if len(pairs) == 1:
-        return chunk_loss(states, labels)
+        return chunk_sums(states, labels)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    parts = [cast("Tensor", checkpoint(chunk_loss, s, target, **options)) for s, target in pairs]
-    return torch.stack(parts).sum()
+    parts = [cast("Tensor", checkpoint(chunk_sums, s, target, **options)) for s, target in pairs]
+    return torch.stack(parts).sum(0)
+
+
+def vocabulary_token_losses(
+    exchange: Exchange, first: int, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> Tensor:
+    """The cross-entropy of each label, 0 where it is masked, the same on every rank: float32 [n]."""
+    pairs = zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+    parts = [token_losses(exchange, first, F.linear(part, weight, bias), target)[0] for part, target in pairs]
+    return torch.where(labels != IGNORED, torch.cat(parts), 0.0)
 
 
 def token_losses(exchange: Exchange, first: int, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

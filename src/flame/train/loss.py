@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -17,14 +18,14 @@ from flame.batch import IGNORED, Batch
 from flame.models.family import Family
 from flame.parallel.exchange import Exchange
 from flame.parallel.tensor import divide
-from flame.parallel.vocabulary import vocabulary_cross_entropy
+from flame.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_sums, vocabulary_token_losses
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
 
 # What is made of the states before the head, [n, d], the head, and the labels, [n]
 Reading = Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor]
 # states [n, d], the head's weight and bias, labels [n]
-CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+OfStates = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -53,7 +54,7 @@ class LossModule(nn.Module):
         self.z_loss = z_loss
         self._penalties: list[torch.Tensor] = []  # since they were last taken
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
-        self.cross_entropy: CrossEntropy = cross_entropy
+        self._losses = WHOLE
 
     def states(self, batch: Batch) -> torch.Tensor:
         """The guest's states before the head, [b, L, d]."""
@@ -72,11 +73,15 @@ class LossModule(nn.Module):
             return read(flat, head, labels)
         with unpacked_copies() if self._backward_twice and flat.is_cuda else nullcontext():
             if self.z_loss and torch.is_grad_enabled():
-                loss, squares = cross_entropy_and_squares(flat, head.weight, head.bias, labels)
+                loss, squares = self._losses.total_and_squares(flat, head.weight, head.bias, labels)
                 penalty = self.z_loss * squares
                 self._penalties.append(penalty.detach())
                 return loss + (penalty - penalty.detach())
-            return self.cross_entropy(flat, head.weight, head.bias, labels)
+            return self._losses.total(flat, head.weight, head.bias, labels)
+
+    def token_losses(self, states: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy of each label, 0 where it is masked: float32 [n]. A `Reading`."""
+        return self._losses.of_tokens(states, head.weight, head.bias, labels)
 
     def take_penalty(self) -> torch.Tensor | None:
         """The penalty over the micro-batches since it was last taken, a float64 scalar; None without one."""
@@ -86,9 +91,14 @@ class LossModule(nn.Module):
     def divide_vocabulary(self, exchange: Exchange) -> None:
         """The head's weights, divided already, are this rank's part of the vocabulary."""
         head = cast("nn.Linear | None", self._head)
-        if head is not None:
-            first = exchange.rank * -(-head.out_features // exchange.size)
-            self.cross_entropy = partial(vocabulary_cross_entropy, exchange, first)
+        if head is None:
+            return
+        first = exchange.rank * -(-head.out_features // exchange.size)
+        self._losses = Losses(
+            partial(vocabulary_cross_entropy, exchange, first),
+            partial(vocabulary_sums, exchange, first),
+            partial(vocabulary_token_losses, exchange, first),
+        )
 
 
 def divide_with_loss(model: LossModule, family: Family, exchange: Exchange) -> None:
@@ -145,13 +155,13 @@ def _over_chunks(
     return torch.stack(parts).sum(0)
 
 
-def token_losses(states: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each label, 0 where it is masked: float32 [n]. A `Reading`."""
+def token_losses(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """The cross-entropy of each label, 0 where it is masked: float32 [n]."""
     pairs = zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
     parts = [
-        F.cross_entropy(
-            F.linear(part, head.weight, head.bias).float(), target, ignore_index=IGNORED, reduction="none"
-        )
+        F.cross_entropy(F.linear(part, weight, bias).float(), target, ignore_index=IGNORED, reduction="none")
         for part, target in pairs
     ]
     return torch.cat(parts)
@@ -179,3 +189,15 @@ def fused_cross_entropy(
         states, cast("Any", labels), weight, bias, ignore_index=IGNORED, reduction="sum"
     )
     return loss.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The loss in its forms, on a head that lies on one rank or on several."""
+
+    total: OfStates  # summed: a float32 scalar
+    total_and_squares: OfStates  # and the sum of squared logsumexps: float32 [2]
+    of_tokens: OfStates  # of each, 0 where it is masked: float32 [n]
+
+
+WHOLE = Losses(cross_entropy, cross_entropy_and_squares, token_losses)

@@ -18,7 +18,7 @@ from flame.errors import DataError
 from flame.parallel.fsdp import reshard
 from flame.schema import Duration
 from flame.train.journal import Journal
-from flame.train.loss import token_losses
+from flame.train.loss import LossModule
 
 
 class RowSet(Protocol):
@@ -73,18 +73,19 @@ class Validation:
         every: Duration,
         at_start: bool,
         reader: Reader,
-        model: nn.Module,
+        model: LossModule,
         device: torch.device,
         group: dist.ProcessGroup,
+        counts: bool = True,
         followers: Sequence[Follower] = (),
     ) -> None:
-        """`model`: with its loss, as `flame.train.loss.LossModule`. `group`: all ranks that hold rows, on the
-        CPU."""
+        """`group`: all ranks, on the CPU. `counts`: whether this one adds the losses of its rows, which
+        others may hold too."""
         self.every, self.at_start = every, at_start
         self.last_step: int | None = None  # that was validated here
         self.journal: Journal | None = None  # on rank 0, once the run has begun
         self._reader, self._model, self._device = reader, model, device
-        self._group, self._followers = group, followers
+        self._group, self._counts, self._followers = group, counts, followers
 
     def prepare(self) -> None:
         """Begins to read the set, in the background."""
@@ -104,7 +105,7 @@ class Validation:
         waited = time.perf_counter() - began
         more: dict[str, Any] = {}
         with evaluating(self._model, self._device):
-            sums = loss_sums(self._model, rows, self._device, self._group)
+            sums = loss_sums(self._model, rows, self._device, self._group, counts=self._counts)
             for follower in self._followers:
                 more |= follower(step, tokens)
         seconds = time.perf_counter() - began
@@ -133,9 +134,15 @@ def evaluating(model: nn.Module, device: torch.device) -> Generator[None]:
 
 
 def loss_sums(
-    model: nn.Module, rows: RowSet, device: torch.device, group: dist.ProcessGroup | None
+    model: LossModule,
+    rows: RowSet,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    *,
+    counts: bool = True,
 ) -> np.ndarray:
-    """Each source's sum of cross-entropy over the set: float64 [sources], equal on all ranks.
+    """Each source's sum of cross-entropy over the set: float64 [sources], equal on all ranks of `group`, of
+    which those that do not count hold rows of others.
 
     Each row has sums of its own, which are added in the order of the rows, whichever rank has them: where a
     row's forward pass does not depend on the layout, nor does the result, to the last bit.
@@ -143,13 +150,15 @@ def loss_sums(
     parts: list[tuple[list[int], torch.Tensor]] = []
     for part in rows.batches():
         batch = part.batch.to(device)
-        losses: torch.Tensor = model(batch, token_losses)
-        losses = losses.view_as(batch.tokens).double()
+        losses: torch.Tensor = model(batch, model.token_losses)
+        whole = torch.zeros(part.sources.size, dtype=torch.float64, device=device)
+        whole[part.first : part.first + losses.numel()] = losses
         sources = torch.from_numpy(part.sources).to(device)
+        losses = whole.view_as(sources)
         of_each = [torch.where(sources == i, losses, 0.0).sum(1) for i in range(len(rows.sources))]
         parts.append((part.rows, torch.stack(of_each, 1)))
     table = torch.zeros(rows.total_rows, len(rows.sources), dtype=torch.float64)
-    for numbers, sums in parts:
+    for numbers, sums in parts if counts else ():
         real = [i for i, number in enumerate(numbers) if number >= 0]
         table[[numbers[i] for i in real]] = sums.cpu()[real]
     if group is not None:
