@@ -87,8 +87,25 @@ def add_command(
 
 def add_train(commands: Any) -> None:
     summary = "train a recipe; a run that was interrupted goes on where it stopped"
-    train = add_command(commands, "train", summary, ("train", "train"), ("recipe", "flags", "nproc"))
+    train = add_command(
+        commands,
+        "train",
+        summary,
+        ("train", "train"),
+        ("recipe", "flags", "nproc", "dry_run", "gpu_memory", "json"),
+    )
     train.add_argument("recipe", metavar="RECIPE.toml")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print what each of N ranks needs, without a GPU, and end"
+    )
+    train.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=80.0,
+        metavar="GIB",
+        help="of each GPU, for --dry-run (default: 80)",
+    )
+    train.add_argument("--json", action="store_true", help="--dry-run as one JSON object")
     summary = "go on with a run directory's own recipe"
     resume = add_command(commands, "resume", summary, ("train", "resume"), ("run", "flags", "nproc"))
     resume.add_argument("run", metavar="RUN")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,10 +24,10 @@ from flame.parallel.tensor import divide
 from flame.parallel.world import World
 from flame.recipe import Recipe
 from flame.stages import compiles, pipeline_stages, stage_modules
-from flame.train.groups import group_parameters
+from flame.train.groups import ParameterGroups, group_parameters
 from flame.train.loss import LossModule
 from flame.train.optimizer import Optimizers, build_optimizer
-from flame.train.pipeline import Pipeline
+from flame.train.pipeline import Pipeline, StageModule
 from flame.train.shards import Shards, WholeModel
 
 
@@ -64,18 +64,11 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
         torch.set_float32_matmul_precision("high")
     whole = build_model(origin, config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    groups = parameter_groups(recipe, family, whole)
     size = sum(parameter.numel() for parameter in whole.parameters())
-    groups = group_parameters(
-        recipe.optimizer,
-        shapes,
-        undecayed=family.no_weight_decay(whole),
-        matrices=family.matrices(whole),
-        embeddings=family.embeddings(whole),
-    )
     place = layout.place(world.rank)
     meshes = build_meshes(layout, world.device.type) if world.size > 1 else None
-    modules, passes = divided(recipe, world, family, config, whole, meshes, stages, place, compute)
+    modules = divided(recipe, family, config, whole, meshes, stages, place, compute)
     for module in modules:
         apply_parallelism(
             module,
@@ -88,7 +81,10 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
         initialize(module.guest, config, recipe.run.seed, world.device)
         settle(module)
     model = modules[0].guest if len(modules) == 1 else Parts(module.guest for module in modules)
+    passes: LossModule | Pipeline = modules[0]
     pipeline = meshes.pipeline.get_group() if meshes is not None and meshes.pipeline is not None else None
+    if stages is not None and pipeline is not None:
+        passes = Pipeline(cast("Sequence[StageModule]", modules), stages, pipeline, world.device, compute)
     shards = Shards(model, pipeline) if meshes is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=world.device.type == "cuda")
     return Guest(
@@ -96,9 +92,19 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     )
 
 
+def parameter_groups(recipe: Recipe, family: Family, whole: nn.Module) -> ParameterGroups:
+    """How each parameter of the whole model is updated."""
+    return group_parameters(
+        recipe.optimizer,
+        {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()},
+        undecayed=family.no_weight_decay(whole),
+        matrices=family.matrices(whole),
+        embeddings=family.embeddings(whole),
+    )
+
+
 def divided(
     recipe: Recipe,
-    world: World,
     family: Family,
     config: Any,
     whole: nn.Module,
@@ -106,9 +112,8 @@ def divided(
     stages: Stages | None,
     place: Place,
     compute: torch.dtype,
-) -> tuple[Sequence[LossModule], LossModule | Pipeline]:
-    """The model, on meta, with its loss, divided over tensor ranks and then cut into this rank's stages; and
-    what micro-batches go through."""
+) -> Sequence[LossModule]:
+    """The model, on meta, with its loss, divided over tensor ranks and then cut into this rank's stages."""
     exchange = meet_ranks(meshes)
 
     def build() -> nn.Module:
@@ -117,17 +122,15 @@ def divided(
             divide(model, family, exchange)
         return model
 
-    if stages is None or meshes is None or meshes.pipeline is None:
+    if stages is None:
         model = build()
-        passes = LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)
-        modules = [passes]
+        modules = [LossModule(model, family.hidden, family.head(model), recipe.loss.z_loss)]
     else:
         modules = stage_modules(recipe, family, config, stages, place.pipeline, whole, build, compute)
-        passes = Pipeline(modules, stages, meshes.pipeline.get_group(), world.device, compute)
     if exchange is not None:
         for module in modules:
             module.divide_vocabulary(exchange)
-    return modules, passes
+    return modules
 
 
 def check_fits(recipe: Recipe, world: World, family: Family, config: Any, layout: Layout) -> Stages | None:

@@ -28,9 +28,16 @@ WARM = (
 WARM_WITHOUT_GPU = ("flame.run", "fla.models", "torch.utils.tensorboard")
 
 
-def train(path: str, flags: dict[str, str], ranks: int | None) -> Exit:
-    """Trains the recipe at `path` until it is done or stopped."""
-    return start(read_recipe(Path(path), flags), ranks)
+def train(
+    path: str, flags: dict[str, str], ranks: int | None, dry: bool, gpu_memory: float, as_json: bool
+) -> Exit:
+    """Trains the recipe at `path` until it is done or stopped; `dry`: says what that needs, and ends."""
+    recipe = read_recipe(Path(path), flags)
+    if dry:
+        from flame.commands.dry_run import dry_run  # torch and the models, which take seconds to import
+
+        return dry_run(recipe, ranks or 1, gpu_memory, as_json=as_json)
+    return start(recipe, ranks)
 
 
 def resume(run: str, flags: dict[str, str], ranks: int | None) -> Exit:

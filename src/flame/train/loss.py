@@ -56,6 +56,11 @@ class LossModule(nn.Module):
         object.__setattr__(self, "_head", head)  # a part of the guest already: not registered twice
         self._losses = WHOLE
 
+    @property
+    def head(self) -> nn.Linear | None:
+        """The guest's output projection; None in a part without one."""
+        return cast("nn.Linear | None", self._head)
+
     def states(self, batch: Batch) -> torch.Tensor:
         """The guest's states before the head, [b, L, d]."""
         # a bound that is nearly always the same: compiled blocks take it for a constant
@@ -90,10 +95,9 @@ class LossModule(nn.Module):
 
     def divide_vocabulary(self, exchange: Exchange) -> None:
         """The head's weights, divided already, are this rank's part of the vocabulary."""
-        head = cast("nn.Linear | None", self._head)
-        if head is None:
+        if self.head is None:
             return
-        first = exchange.rank * -(-head.out_features // exchange.size)
+        first = exchange.rank * -(-self.head.out_features // exchange.size)
         self._losses = Losses(
             partial(vocabulary_cross_entropy, exchange, first),
             partial(vocabulary_sums, exchange, first),
