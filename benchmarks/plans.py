@@ -27,6 +27,9 @@ LAYOUTS: dict[int, dict[str, int]] = {
     512: {"replicate": 8, "shard": 64},
     4096: {"replicate": 32, "shard": 64, "tensor": 2},
 }
+HEADING = (
+    "| model | GPUs | layout | micro-batches | GiB on a GPU | activations | a GPU sends in a step, GiB |"
+)
 MODELS = ("transformer_7B", "gla_7B")
 
 
@@ -37,9 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     plans = {model: [plan(model, ranks, ways) for ranks, ways in LAYOUTS.items()] for model in MODELS}
     if options.markdown:
-        print(
-            "| model | GPUs | layout | micro-batches | GiB on a GPU | of them activations | sent in a step, GiB |"
-        )
+        print(HEADING)
         print("|---|---|---|---|---|---|---|")
     for model, found in plans.items():
         for one in found:
