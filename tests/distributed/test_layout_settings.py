@@ -18,13 +18,14 @@ RECOMPUTE = '[memory]\nrecompute = "{}"\n[checkpoint]'
 CUT_AND_DIVIDED = {"context": 2, "tensor": 2}
 DIVIDED_STAGES = {"tensor": 2, "pipeline": 2}
 CUT_STAGES = {"context": 2, "pipeline": 2}
+TAKEN_APART = {"tensor": 2, "pipeline": 2, "pipeline_schedule": "zero_bubble"}
 VALIDATION = {"[checkpoint]": '[validation]\nevery = "2 steps"\nfraction = 0.2\n[checkpoint]'}
 Z_LOSS = {"[checkpoint]": "[loss]\nz_loss = 1e-2\n[checkpoint]"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "selective"])
-@pytest.mark.parametrize("parallel", [CUT_AND_DIVIDED, DIVIDED_STAGES, CUT_STAGES], ids=named)
+@pytest.mark.parametrize("parallel", [CUT_AND_DIVIDED, DIVIDED_STAGES, CUT_STAGES, TAKEN_APART], ids=named)
 @pytest.mark.parametrize("family", ["gla", "rwkv7"])
 def test_activations_that_are_computed_again_train_the_same(
     family: str, parallel: dict[str, Any], how: str, recipe_of
@@ -108,7 +109,10 @@ def test_a_run_branches_off_one_process(parallel: dict[str, Any], recipe_of, tmp
         (
             "llama",
             {"context": 2, "tensor": 2},
-            {"sequence_length = 64": "sequence_length = 66"},
+            {
+                "sequence_length = 64": "sequence_length = 66",
+                "tokens_per_step = 768": "tokens_per_step = 792",
+            },
             ["data.sequence_length: found 66", "4 ranks of context x tensor", "take 64 or 68"],
         ),
         (
