@@ -72,6 +72,7 @@ def make_parser() -> Parser:
         add_report,
         add_models,
         add_kernels,
+        add_doctor,
         add_import_args,
         add_demo,
     ):
@@ -261,6 +262,16 @@ def add_kernels(commands: Any) -> None:
     summary = "put a file's kernels where training finds them; the GPU and versions must be the same"
     unpack = add_command(kernel_commands, "unpack", summary, ("kernels", "unpack"), ("archive",))
     unpack.add_argument("archive", metavar="ARCHIVE")
+
+
+def add_doctor(commands: Any) -> None:
+    summary = "whether this machine, and a recipe on it, can train: a line for each thing, with its fix"
+    takes = ("recipe", "flags", "nproc", "json")
+    command = add_command(commands, "doctor", summary, ("doctor", "doctor"), takes)
+    command.add_argument("recipe", nargs="?", metavar="RECIPE.toml")
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks that will train (default: one a GPU)")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(command, Recipe)
 
 
 def add_import_args(commands: Any) -> None:
