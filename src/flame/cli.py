@@ -31,6 +31,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs a command; its exit code. Prints the message of a FlameError, never its traceback."""
     options, unknown = make_parser().parse_known_args(arguments)
+    if unknown and "words" in options:  # another program's flags, which begin what the command takes over
+        options.words, unknown = [*unknown, *options.words], []
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
@@ -70,6 +72,8 @@ def make_parser() -> Parser:
         add_report,
         add_models,
         add_kernels,
+        add_doctor,
+        add_import_args,
         add_demo,
     ):
         add(commands)
@@ -275,6 +279,33 @@ def add_kernels(commands: Any) -> None:
     summary = "put a file's kernels where training finds them; the GPU and versions must be the same"
     unpack = add_command(kernel_commands, "unpack", summary, ("kernels", "unpack"), ("archive",))
     unpack.add_argument("archive", metavar="ARCHIVE")
+
+
+def add_doctor(commands: Any) -> None:
+    summary = "whether this machine, and a recipe on it, can train: a line for each thing, with its fix"
+    takes = ("recipe", "flags", "nproc", "json")
+    command = add_command(commands, "doctor", summary, ("doctor", "doctor"), takes)
+    command.add_argument("recipe", nargs="?", metavar="RECIPE.toml")
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks that will train (default: one a GPU)")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    schema.add_flags(command, Recipe)
+
+
+def add_import_args(commands: Any) -> None:
+    summary = "turn a command line, script or TOML of fla-org/flame into a recipe, and say what differs"
+    takes = ("words", "gpus", "to", "markdown")
+    command = add_command(commands, "import-args", summary, ("import_args", "import_args"), takes)
+    command.add_argument(
+        "--gpus", type=int, metavar="N", help="all that the old run had (default: NGPU, else 8)"
+    )
+    command.add_argument("--to", metavar="RECIPE.toml", help="the new file (default: standard output)")
+    command.add_argument("--markdown", action="store_true", help="the table of docs/from-flame.md instead")
+    command.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="bash train.sh --job.config_file ... | SCRIPT | FILE.toml",
+        help="the old run; options of this command come before it",
+    )
 
 
 def add_demo(commands: Any) -> None:

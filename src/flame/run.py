@@ -53,6 +53,7 @@ from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.loop import Job, Progress, train
 from flame.train.metrics import Meter, Screen
 from flame.train.schedule import Schedule
+from flame.train.trackers import Trackers
 from flame.train.validation import Validation
 
 
@@ -128,9 +129,15 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if tuner is not None:
         shapes = shapes_of(data.plan, rows)
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes, guest.layout.tensor)
+    trackers = begin_trackers(recipe, world, saved)
     journal, screen = None, None
     if world.rank == 0:
-        journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
+        journal = Journal(
+            recipe.directory,
+            saved.progress.step,
+            tensorboard=recipe.logging.tensorboard,
+            trackers=trackers,
+        )
         screen = Screen(total, saved.progress.step)
     if validation is not None:
         validation.journal = journal
@@ -274,6 +281,18 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
     replace_file(run / GROUPS_FILE, orjson.dumps(groups.records(), option=orjson.OPT_INDENT_2))
     if recipe.optimizer.groups or recipe.optimizer.name == "muon":
         print(groups.table(), flush=True)
+
+
+def begin_trackers(recipe: Recipe, world: World, saved: Saved) -> Trackers | None:
+    """Those of rank 0, if the recipe names any. Raises RecipeError on every rank."""
+    begun: list[Trackers] = []
+
+    def take() -> None:
+        begun.append(Trackers(recipe.directory, recipe.logging, schema.plain(recipe), new=not saved.resumed))
+
+    if recipe.logging.trackers:
+        world.from_rank_zero(take)
+    return begun[0] if begun else None
 
 
 def make_job(

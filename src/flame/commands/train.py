@@ -14,6 +14,7 @@ from flame import schema
 from flame.errors import Exit
 from flame.parallel.mesh import ranks_around
 from flame.recipe import Recipe, check_ranks, read_recipe, refuse_other_run, run_recipe
+from flame.train.config import check_trackers
 from flame.train.lifeline import STOP_SIGNALS, WARM_PARENT
 
 # what the ranks import, done once in the parent they are forked from; nothing here touches a GPU ...
@@ -50,6 +51,7 @@ def resume(run: str, flags: dict[str, str], ranks: int | None) -> Exit:
 def start(recipe: Recipe, ranks: int | None) -> Exit:
     """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1)."""
     refuse_other_run(recipe)
+    check_trackers(recipe.logging.trackers)
     around = ranks_around()
     if around is not None:
         return join(recipe, around)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+from flame.errors import RecipeError
 from flame.schema import Duration, parse_count, parse_duration, parse_strings, setting
 
+TRACKERS = {"wandb": "wandb", "mlflow": "mlflow"}  # to the module that each needs
 PARTS = ("model", "optimizer", "data")  # of a checkpoint that a run may start from
 
 
@@ -21,6 +24,23 @@ def parse_parts(raw: Any) -> list[str]:
     if "model" not in parts or not set(parts) <= set(PARTS):
         raise ValueError(f'a list of {", ".join(PARTS)}, with "model" in it')
     return [part for part in PARTS if part in parts]
+
+
+def parse_trackers(raw: Any) -> list[str]:
+    """Some of `TRACKERS`, each once."""
+    names = parse_strings(raw)
+    if not set(names) <= set(TRACKERS):
+        raise ValueError(f"a list of {', '.join(TRACKERS)}")
+    return [name for name in TRACKERS if name in names]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises RecipeError where a tracker's package is not installed."""
+    for name in names:
+        if find_spec(TRACKERS[name]) is None:
+            raise RecipeError(
+                f'logging.trackers: {name} is not installed: pip install "flame[{name}]", or leave it out'
+            )
 
 
 @dataclass
@@ -232,3 +252,15 @@ class LoggingConfig:
         parse=parse_duration("steps", "tokens"),
     )
     tensorboard: bool = setting(True, help="also write RUN/tensorboard", identity=False)
+    trackers: list[str] = setting(
+        [],
+        help='services that get the figures too: "wandb", "mlflow", each an extra; see docs/trackers.md',
+        identity=False,
+        parse=parse_trackers,
+    )
+    project: str | None = setting(
+        None,
+        help="the project of wandb, the experiment of MLflow; left out: what WANDB_PROJECT and "
+        'MLFLOW_EXPERIMENT_NAME say, else "flame"',
+        identity=False,
+    )

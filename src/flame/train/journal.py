@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import orjson
 
@@ -61,12 +61,21 @@ def event(run: Path, name: str, **fields: Any) -> None:
     append_line(run / "events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
 
 
+class Told(Protocol):
+    """Somebody else who is told the figures."""
+
+    def log(self, record: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Journal:
     """Metrics of a run, written by rank 0 alone."""
 
-    def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
+    def __init__(self, run: Path, step: int, *, tensorboard: bool, trackers: Told | None = None) -> None:
         """`step`: the last step that is kept; later lines are moved to logs/superseded.jsonl."""
         self.run = run
+        self._trackers = trackers
         self._metrics = run / "metrics.jsonl"
         self._board: Any = None
         trim_torn_line(run / "events.jsonl")
@@ -88,6 +97,8 @@ class Journal:
         self._draw({"validation": figures}, step)
 
     def _draw(self, record: Mapping[str, Any], step: int) -> None:
+        if self._trackers is not None:
+            self._trackers.log(record, step)
         if self._board is None:
             return
         for name, value in flat(record):
@@ -97,6 +108,8 @@ class Journal:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def flat(record: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

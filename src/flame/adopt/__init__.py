@@ -1,0 +1,1 @@
+"""Runs of fla-org/flame, taken over: its flags and TOML as a recipe."""
