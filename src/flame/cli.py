@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
         return int(call(options))
     except FlameError as error:
         print(f"flame: {error}", file=sys.stderr)
-        return Exit.WRONG_INPUT
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DONE
@@ -103,7 +103,7 @@ def add_data(commands: Any) -> None:
     data = commands.add_parser("data", help=summary, description=summary, allow_abbrev=False)
     data_commands: Any = data.add_subparsers(required=True, metavar="COMMAND")
     summary = "the rows of some steps, as training reads them"
-    takes = ("recipe", "flags", "steps", "ranks", "split", "json")
+    takes = ("recipe", "flags", "steps", "ranks", "split", "run", "json")
     preview = add_command(data_commands, "preview", summary, ("preview", "preview"), takes)
     preview.add_argument("recipe", metavar="RECIPE.toml")
     preview.add_argument("--steps", default="0:1", metavar="A:B", help="from A up to B; steps count from 0")
@@ -114,6 +114,7 @@ def add_data(commands: Any) -> None:
         default="train",
         help="validation: what is held out (default: %(default)s)",
     )
+    preview.add_argument("--run", metavar="RUN", help="pass over the rows that this run skips")
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
     summary = "read every record once: counts, lengths, bad records, duplicates"

@@ -20,6 +20,7 @@ from flame.train.config import (
     CheckpointConfig,
     LoggingConfig,
     OptimizerConfig,
+    RecoveryConfig,
     RunConfig,
     ScheduleConfig,
 )
@@ -41,6 +42,7 @@ class Recipe:
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
+    recovery: RecoveryConfig = section(RecoveryConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
     @property

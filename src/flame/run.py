@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -38,19 +39,14 @@ from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
-from flame.train.checkpoint import (
-    Checkpointer,
-    load_tensors,
-    newest_sound,
-    read_record,
-    remove_leftovers,
-    step_directory,
-)
+from flame.train.checkpoint import Checkpointer, load_tensors, newest_sound
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
+from flame.train.keeping import read_record, remove_leftovers, step_directory
 from flame.train.loop import Job, Progress, train
 from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
 from flame.train.optimizer import build_optimizer
+from flame.train.rollback import Guard, RolledBack, RowsLeft, Skipped, set_aside
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards, WholeModel
 
@@ -64,7 +60,8 @@ def work(stop: Callable[[], bool], recipe_text: str) -> int:
     world.from_rank_zero(lambda: take_directory(recipe, held))
     quiet_other_ranks(recipe, world)
     with kernels_of(world, recipe.directory) as tuner:
-        code = run_rank(recipe, world, stop, tuner)
+        while (code := run_rank(recipe, world, stop, tuner)) is None:
+            gc.collect()  # the next model needs the memory of this one
     dist.destroy_process_group()
     for lock in held:
         lock.release()
@@ -99,14 +96,16 @@ def quiet_other_ranks(recipe: Recipe, world: World) -> None:
     os.close(log)
 
 
-def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit:
-    """Builds data and model, loads what was saved, and trains."""
+def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit | None:
+    """Builds data and model, loads what was saved, and trains. None where the run has gone back before a
+    bad step and goes on from there."""
     config = load_config(recipe.model.config, recipe.model.module)
     for note in check_kernels([config.model_type], world.device):
         if world.rank == 0:
             print(note, flush=True)
     data = open_data(recipe, world)
     guest = build_guest(recipe, world, data.catalog, config)
+    skipped = world.from_rank_zero(lambda: set_aside(recipe.directory))
     step = newest_sound(recipe.directory, world.checkpoint)
     saved = Saved()
     if step is not None:
@@ -128,7 +127,11 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
         screen = Screen(total, saved.progress.step)
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
-            return train(make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen))
+            return train(
+                make_job(recipe, world, stop, guest, data, saved, skipped, loader, rows, journal, screen)
+            )
+        except RolledBack:
+            return None
         finally:
             if journal is not None and screen is not None:
                 screen.close()
@@ -314,6 +317,7 @@ def make_job(
     guest: Guest,
     data: Data,
     saved: Saved,
+    skipped: Skipped,
     loader: Loader,
     rows: list[int],
     journal: Journal | None,
@@ -323,6 +327,13 @@ def make_job(
     per = guest.family.flops(guest.config)
     peak = peak_flops(device_name(world.device), guest.compute)
     columns = loader.columns
+    keeping = recipe.checkpoint.keep, recipe.checkpoint.keep_every
+    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping)
+    guard = Guard.of(recipe.recovery, checkpointer, world.control, data.plan, skipped, saved.progress.health)
+
+    def data_record(step: int, lanes: Any) -> dict[str, Any]:
+        state = DataState(step, lanes, columns, data.fingerprint)
+        return {**state.to_json(), "skipped_rows": skipped.to_json()}
 
     def flops(counts: Counts) -> float:
         return per.per_token * counts.tokens + per.per_pair * counts.attended
@@ -340,9 +351,9 @@ def make_job(
         shards=guest.shards,
         optimizer=guest.optimizer,
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
-        rows=loader,
+        rows=RowsLeft(loader.next_step, skipped),
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
-        checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep),
+        checkpointer=checkpointer,
         meter=Meter(
             flops=flops,
             peak_flops=peak * world.size if peak is not None else None,
@@ -355,9 +366,10 @@ def make_job(
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         progress=saved.progress,
+        guard=guard,
         should_stop=stop,
         check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),
-        data_record=lambda step, lanes: DataState(step, lanes, columns, data.fingerprint).to_json(),
+        data_record=data_record,
         extra_record={
             "micro_batch_rows": rows,
             "ranks": world.size,

@@ -21,13 +21,16 @@ from flame.data.tokens import Tokenizer
 from flame.data.validation import row_limit, validation_data
 from flame.errors import Exit, RecipeError
 from flame.recipe import read_recipe
+from flame.train.rollback import Skipped, read_skipped
 
 SHOWN_CHARACTERS = 60  # of each segment's text, in tables
 
 
-def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str, as_json: bool) -> Exit:
+def preview(
+    path: str, flags: dict[str, str], steps: str, ranks: int, split: str, run: str | None, as_json: bool
+) -> Exit:
     """Prints the rows of `steps` ("A:B"), read through `ranks` readers, in the global order. `split`:
-    "train", or "validation" for what is held out."""
+    "train", or "validation" for what is held out. `run`: a run whose skipped rows are passed over."""
     recipe = read_recipe(Path(path), flags)
     plan = recipe.plan
     wanted = parse_steps(steps)
@@ -39,7 +42,13 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str
     if split == "validation":
         catalog, plan = validation_data(catalog, plan)
         most = row_limit(plan, recipe.validation.tokens)
-    for step, all_rows in zip(wanted, read_rows(catalog, plan, wanted, ranks), strict=True):
+    data_steps = (Skipped() if run is None else read_skipped(Path(run))).trained(wanted)
+    span = range(data_steps[0], data_steps[-1] + 1)
+    shown = dict(zip(data_steps, wanted, strict=True))
+    for data_step, all_rows in zip(span, read_rows(catalog, plan, span, ranks), strict=True):
+        step = shown.get(data_step)
+        if step is None:
+            continue
         rows = [row for row in all_rows if most is None or row.index < most]
         if as_json:
             print(json.dumps(step_as_json(step, rows)), flush=True)

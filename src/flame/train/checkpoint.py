@@ -28,29 +28,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
+from flame.schema import Duration
 from flame.train.journal import event, replace_file, sync_directory
+from flame.train.keeping import MANIFEST, prune, saved_steps, step_directory
 from flame.train.shards import Shards
 
 FORMAT = 1  # of the files above; older ones are brought up by named migrations
-MANIFEST = "manifest.json"
 
 T = TypeVar("T")
 Tensors = dict[str, Any]  # a state dict: names to tensors, sharded or plain
-
-
-def step_directory(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def saved_steps(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, oldest first; whether they are sound is not asked."""
-    found = (run / "checkpoints").glob(f"step-*/{MANIFEST}")
-    return sorted(int(p.parent.name[5:]) for p in found if p.parent.name[5:].isdigit())
-
-
-def read_record(run: Path, step: int, name: str) -> dict[str, Any]:
-    """One of a checkpoint's JSON files."""
-    return cast("dict[str, Any]", orjson.loads((step_directory(run, step) / name).read_bytes()))
 
 
 # ------------------------------------------------------------------------------------- tensors
@@ -126,11 +112,13 @@ class Checkpointer:
     event; nothing half-written stays, and training goes on.
     """
 
-    def __init__(self, run: Path, group: dist.ProcessGroup, keep: int) -> None:
+    def __init__(
+        self, run: Path, group: dist.ProcessGroup, keep: int, keep_every: Duration | None = None
+    ) -> None:
         self.run = run
         self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
         self._rank = dist.get_rank(group)
-        self._keep = keep
+        self._keep = keep, keep_every
         self._thread: threading.Thread | None = None
         pinned = torch.cuda.is_available()
         self._stager = DefaultStager(
@@ -185,7 +173,7 @@ class Checkpointer:
         if self._rank == 0:
             seconds = round(time.monotonic() - began, 3)
             event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
-            prune(self.run, self._keep)
+            prune(self.run, *self._keep)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives on every rank; CheckpointError on all where it fails on any."""
@@ -246,20 +234,6 @@ def file_seal(path: Path) -> dict[str, Any]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def prune(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what broken saves left behind."""
-    for step in saved_steps(run)[: -max(1, keep)]:
-        shutil.rmtree(step_directory(run, step))
-    for leftover in (run / "checkpoints").glob("step-*.replaced-*"):
-        shutil.rmtree(leftover)
-
-
-def remove_leftovers(run: Path) -> None:
-    """Deletes saves that never got their manifest. Only for who holds the run's lock."""
-    for partial in (run / "checkpoints").glob("step-*.partial"):
-        shutil.rmtree(partial)
 
 
 # ------------------------------------------------------------------------------------- loading

@@ -98,7 +98,34 @@ class CheckpointConfig:
         identity=False,
         parse=parse_duration("steps", "tokens", "minutes"),
     )
-    keep: int = setting(2, help="newest checkpoints kept", identity=False)
+    keep: int = setting(
+        2, help="newest checkpoints kept, and the newest that is 15 steps older than they are", identity=False
+    )
+    keep_every: Duration | None = setting(
+        None,
+        help='checkpoints kept for good, the first at or past each multiple: "10000 steps"',
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+
+
+@dataclass
+class RecoveryConfig:
+    skipped_updates: int = setting(
+        10,
+        help="updates of the last 1000 steps that may be left out because a gradient was not finite; at one "
+        "more the run goes back, and passes over the rows of the last 16 steps",
+        identity=False,
+    )
+    spike_threshold: float = setting(
+        20.0,
+        help="a loss so many robust standard deviations above the median of the 128 steps before it makes "
+        "the run go back, and pass over the rows of the last 16 steps; 0: never",
+        identity=False,
+    )
+    max_rollbacks: int = setting(
+        5, help="times that a run goes back so; once more and it ends with exit code 3", identity=False
+    )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from flame.train.checkpoint import Checkpointer, Records, tensors_of
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
+from flame.train.rollback import Guard
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
 from flame.train.step import train_step
@@ -48,6 +49,7 @@ class Progress:
     updates_skipped: int = 0
     records: list[list[int]] = field(default_factory=list[list[int]])  # per source, as in StepRows
     sources: list[list[int]] = field(default_factory=list[list[int]])  # tokens, documents, documents cut
+    health: dict[str, Any] = field(default_factory=dict[str, Any])  # `Health.history`
 
     def with_records(self, agreed: Agreed) -> np.ndarray:
         """Records passed, skipped, held out and overlong, [sources, 4], when the next step is trained too."""
@@ -86,6 +88,7 @@ class Job:
     skip_log: SkipLog
     rank: int
     progress: Progress
+    guard: Guard  # against bad steps
 
     should_stop: Callable[[], bool]
     check_records: Callable[[np.ndarray], None]  # raises DataError when too many are skipped
@@ -96,7 +99,8 @@ class Job:
 def train(job: Job) -> Exit:
     """Trains until the last step, the end of the data or a stop request, and always leaves a checkpoint.
 
-    Where data cannot be read, every rank saves at the same step and raises the same DataError.
+    Where data cannot be read, every rank saves at the same step and raises the same DataError. After a bad
+    step every rank raises RolledBack: the run is to be loaded anew.
     """
     clock = SaveClock(job.checkpoint_every)
     coming = Coming.fetch(job, clock)
@@ -113,6 +117,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
     while not is_last(job, job.progress.step):
         # what all ranks agreed on before this step
         agreed = coming.settle(job)
+        job.guard.check()
         problem = data_problem(job, coming, agreed)
         if problem is not None or agreed.stop:
             return leave(job, trained, problem)
@@ -138,6 +143,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         )
         job.progress.advance(agreed)
         job.meter.count(agreed, result, trained.wait_seconds)
+        job.guard.health.count(step, trained.step, agreed.counts.predicted, result)
 
         # while the device works: the next step's rows, and the exchange about them
         if not is_last(job, step):
@@ -254,7 +260,9 @@ def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
 
 
 def save(job: Job, trained: StepRows) -> None:
-    """Begins a checkpoint of the step just made. All ranks call it at the same step."""
+    """Begins a checkpoint of the step just made, if that was sound. All ranks call it at the same step."""
+    job.guard.check(all_steps=True)
+    job.progress.health = job.guard.health.history()
     job.progress.updates_skipped = job.meter.updates_skipped()
     state = job.agreement.sum_state(trained.state)
     records = Records(

@@ -28,13 +28,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpec
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from flame.errors import Exit, FlameError
+from flame.errors import Exit, FlameError, TrainingError
 from flame.train.journal import event, read_lines
 from flame.train.lifeline import STOP_SIGNALS, die_with_parent
 
 MONITOR_SECONDS = 0.1
 FRUITLESS_RESTARTS = 3  # crashes in a row without a new step, after which restarting is pointless
 
+HOPELESS = 4  # a rank's exit code: training has failed in a way that a restart would repeat
 WARM_PARENT_LOST = 255  # what multiprocessing says of a process when its fork server was killed
 
 Work = Callable[..., int]
@@ -96,7 +97,7 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
         self._stop_signal: int | None = None
         self._passed_on = False
         self._failures_at: list[int] = []  # the last step at each crash
-        self._wrong_input: str | None = None
+        self._final: tuple[Exit, str] | None = None  # what no restart can mend: exit code and reason
         self._dead: dict[int, int] = {}  # ranks that ended by themselves, and their exit codes
 
     # signals
@@ -159,11 +160,12 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
     def _on_failure(self) -> None:
         """Notes which rank was lost, and whether a restart can help."""
         self._dead = self._dead or self._deaths()
-        wrong = [rank for rank, code in self._dead.items() if code == Exit.WRONG_INPUT]
-        if wrong:
-            self._wrong_input = self._said(wrong[0])
-            self._remaining_restarts = 0
-            return
+        for final, reported in ((Exit.WRONG_INPUT, Exit.WRONG_INPUT), (HOPELESS, Exit.FAILED)):
+            ranks = [rank for rank, code in self._dead.items() if code == final]
+            if ranks:
+                self._final = reported, self._said(ranks[0])
+                self._remaining_restarts = 0
+                return
         if self._stop_signal is not None:
             return
         # a rank that a signal ended comes before one that only lost its peer
@@ -190,9 +192,12 @@ class Supervisor(_Agent):  # pyright: ignore[reportUntypedBaseClass]
         """The run's exit code."""
         if result.state == WorkerState.SUCCEEDED:
             return Exit(max(result.return_values.values()))
-        if self._wrong_input is not None:
-            print(f"flame: {self._wrong_input}", file=sys.stderr)
-            return Exit.WRONG_INPUT
+        if self._final is not None:
+            code, why = self._final
+            if code == Exit.FAILED:
+                event(self._run_directory, "failed", step=last_step(self._run_directory), why=why)
+            print(f"flame: {why}", file=sys.stderr)
+            return code
         if self._stop_signal is not None and -signal.SIGTERM in self._dead.values():
             return Exit.STOPPED  # a worker that has begun to train does not die of SIGTERM
         event(self._run_directory, "failed", step=last_step(self._run_directory))
@@ -243,6 +248,8 @@ def worker(logs: Path, work: Work, *args: Any) -> int:
     os.setsid()  # Ctrl-C goes to the supervisor alone
     try:
         return work(stop, *args)
+    except TrainingError as error:
+        leave(HOPELESS, str(error))
     except FlameError as error:
         leave(Exit.WRONG_INPUT, str(error))
     except BaseException as error:
