@@ -67,6 +67,7 @@ def make_parser() -> Parser:
         add_generate,
         add_status,
         add_report,
+        add_checkpoint,
         add_models,
         add_kernels,
         add_demo,
@@ -195,6 +196,24 @@ def add_report(commands: Any) -> None:
     report = add_command(commands, "report", summary, ("report", "report"), ("run", "to"))
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="FILE", help="the page (default: RUN/report.html)")
+
+
+def add_checkpoint(commands: Any) -> None:
+    summary = "a run's checkpoints: list, verify, prune"
+    checkpoint = commands.add_parser("checkpoint", help=summary, description=summary, allow_abbrev=False)
+    checkpoint_commands: Any = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    summary = "steps, tokens, sizes and dates"
+    listing = add_command(checkpoint_commands, "list", summary, ("checkpoint", "show"), ("run",))
+    summary = "read every file and compare it with its manifest; exit code 1 where one is damaged"
+    verify = add_command(checkpoint_commands, "verify", summary, ("checkpoint", "verify"), ("run", "step"))
+    verify.add_argument("--step", type=int, metavar="N", help="this one alone (default: all)")
+    summary = "delete those that the recipe does not keep, never the newest whole one"
+    takes = ("run", "keep", "rolled_back")
+    prune = add_command(checkpoint_commands, "prune", summary, ("checkpoint", "prune_run"), takes)
+    prune.add_argument("--keep", type=int, metavar="N", help="newest ones (default: checkpoint.keep)")
+    prune.add_argument("--rolled-back", action="store_true", help="also those that a rollback set aside")
+    for command in (listing, verify, prune):
+        command.add_argument("run", metavar="RUN")
 
 
 def add_models(commands: Any) -> None:

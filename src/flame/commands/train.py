@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,7 +13,7 @@ from flame import schema
 from flame.errors import Exit
 from flame.parallel.mesh import ranks_around
 from flame.recipe import Recipe, check_ranks, read_recipe, refuse_other_run, run_recipe
-from flame.train.lifeline import STOP_SIGNALS, WARM_PARENT
+from flame.train.lifeline import WARM_PARENT, StopFlag
 
 # what the ranks import, done once in the parent they are forked from; nothing here touches a GPU ...
 WARM = (
@@ -30,40 +29,42 @@ WARM_WITHOUT_GPU = ("flame.run", "fla.models", "torch.utils.tensorboard")
 
 def train(path: str, flags: dict[str, str], ranks: int | None) -> Exit:
     """Trains the recipe at `path` until it is done or stopped."""
-    return start(read_recipe(Path(path), flags), ranks)
+    stop = StopFlag()
+    return start(read_recipe(Path(path), flags), ranks, stop)
 
 
 def resume(run: str, flags: dict[str, str], ranks: int | None) -> Exit:
     """Goes on with a run directory's own recipe."""
+    stop = StopFlag()
     run_recipe(Path(run))
     flags = {"run.directory": run, **flags}
-    return start(read_recipe(Path(run) / "recipe.toml", flags), ranks)
+    return start(read_recipe(Path(run) / "recipe.toml", flags), ranks, stop)
 
 
-def start(recipe: Recipe, ranks: int | None) -> Exit:
-    """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1)."""
+def start(recipe: Recipe, ranks: int | None, stop: StopFlag) -> Exit:
+    """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1).
+
+    `stop` has taken the signals before anything heavy is imported; a supervisor takes them from it.
+    """
     refuse_other_run(recipe)
     around = ranks_around()
     if around is not None:
-        return join(recipe, around)
+        return join(recipe, around, stop)
     if ranks is not None:
         check_ranks(recipe, ranks)
     return supervise(recipe, ranks)
 
 
-def join(recipe: Recipe, ranks: int) -> Exit:
+def join(recipe: Recipe, ranks: int, stop: StopFlag) -> Exit:
     """Trains as one of the ranks that somebody else started and watches."""
     check_ranks(recipe, ranks)
     from flame.run import work
-    from flame.train.recovery import StopFlag
 
-    return Exit(work(StopFlag(), schema.to_toml(recipe)))
+    return Exit(work(stop, schema.to_toml(recipe)))
 
 
 def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     """Starts the ranks and keeps them running."""
-    for number in STOP_SIGNALS:  # until the supervisor takes them: there is nothing to save yet
-        signal.signal(number, lambda *_: os._exit(Exit.STOPPED))
     # with NVML asked instead of the driver, looking for GPUs does not spoil them for forked processes
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with_gpu = has_gpu()
@@ -89,6 +90,7 @@ def supervise(recipe: Recipe, ranks: int | None) -> Exit:
         run=recipe.directory,
         ranks=ranks,
         max_restarts=recipe.run.max_restarts,
+        config=recipe.recovery,
     )
 
 

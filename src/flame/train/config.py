@@ -31,7 +31,10 @@ class RunConfig:
         parse=parse_count,
     )
     max_restarts: int = setting(
-        10, help="automatic restarts after a crash before the run gives up with exit code 3", identity=False
+        10,
+        help="automatic restarts after a crash or a hang within recovery.restart_window; at one more the run "
+        "gives up with exit code 3",
+        identity=False,
     )
 
 
@@ -126,6 +129,23 @@ class RecoveryConfig:
     max_rollbacks: int = setting(
         5, help="times that a run goes back so; once more and it ends with exit code 3", identity=False
     )
+    restart_window: Duration = setting(
+        Duration(60, "minutes"),
+        help="over which run.max_restarts counts",
+        identity=False,
+        parse=parse_duration("minutes"),
+    )
+    hang_seconds: float = setting(
+        60.0,
+        help="ranks that make no step for ten times the median of the last ones, and at least for so long, "
+        "are killed and started again; 0: never, whatever they do",
+        identity=False,
+    )
+    start_seconds: float = setting(
+        900.0, help="the same from a start to its first step, compilation included", identity=False
+    )
+    save_seconds: float = setting(1800.0, help="the same while ranks wait for a checkpoint", identity=False)
+    validation_seconds: float = setting(3600.0, help="the same during a validation", identity=False)
 
 
 @dataclass

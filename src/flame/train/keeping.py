@@ -53,14 +53,19 @@ def kept(steps: list[int], keep: int, tokens: dict[int, int], every: Duration | 
     return stay
 
 
-def prune(run: Path, keep: int, every: Duration | None = None) -> list[int]:
-    """Deletes the checkpoints that do not stay, and those that a newer one of the same step replaced; the
-    steps deleted."""
+def prune(
+    run: Path, keep: int, every: Duration | None = None, *, spare: int | None = None
+) -> list[int | str]:
+    """Deletes the checkpoints that do not stay, but for step `spare`, and those that a newer one of the same
+    step replaced; the steps deleted."""
     steps = saved_steps(run)
     tokens = {step: _tokens(run, step) for step in steps} if every and every.unit == "tokens" else {}
-    gone = [step for step in steps if step not in kept(steps, keep, tokens, every)]
-    for step in gone:
-        _delete(step_directory(run, step))
+    stay = kept(steps, keep, tokens, every) | {spare}
+    gone: list[int | str] = []
+    for step in steps:
+        if step not in stay:
+            _delete(step_directory(run, step))
+            gone.append(step)
     for leftover in (run / "checkpoints").glob("step-*.replaced-*"):
         shutil.rmtree(leftover)
     return gone

@@ -20,6 +20,7 @@ from flame.errors import CheckpointError, DataError, Exit
 from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
+from flame.train.heartbeat import heart
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
@@ -103,7 +104,9 @@ def train(job: Job) -> Exit:
     step every rank raises RolledBack: the run is to be loaded anew.
     """
     clock = SaveClock(job.checkpoint_every)
+    heart().stamp("loaded")
     coming = Coming.fetch(job, clock)
+    heart().stamp("rows")
     job.meter.start()
 
     with collector_at_rest() as collect:
@@ -116,6 +119,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
     write_metrics: Callable[[], None] | None = None  # of that step, where it is not logged yet
     while not is_last(job, job.progress.step):
         # what all ranks agreed on before this step
+        heart().enter("agreeing", job.progress.step + 1)
         agreed = coming.settle(job)
         job.guard.check()
         problem = data_problem(job, coming, agreed)
@@ -130,6 +134,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
 
         # forward, backward, update
         step, tokens_before = job.progress.step + 1, job.progress.tokens
+        heart().enter("computing", step)
         learning_rate = job.schedule.learning_rate(step)
         set_learning_rate(job.optimizer, learning_rate)
         result = train_step(
@@ -144,12 +149,14 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         job.progress.advance(agreed)
         job.meter.count(agreed, result, trained.wait_seconds)
         job.guard.health.count(step, trained.step, agreed.counts.predicted, result)
+        heart().finish()
 
         # while the device works: the next step's rows, and the exchange about them
         if not is_last(job, step):
             coming = Coming.fetch(job, clock)
 
         # write down
+        heart().enter("writing", step + 1)
         write_skips(job, trained, agreed)
         write_metrics = partial(job.meter.log, job.progress, agreed, result, learning_rate)
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
@@ -158,6 +165,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
+            heart().enter("writing", step + 1)
         collect(step)
 
     return finish(job, trained, "its last step was made")
@@ -197,6 +205,7 @@ class Coming:
 
     @staticmethod
     def fetch(job: Job, clock: SaveClock) -> Coming:
+        heart().enter("data", job.progress.step + 1)
         rows: StepRows | None = None
         failure: DataError | None = None
         try:
@@ -261,6 +270,7 @@ def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
 
 def save(job: Job, trained: StepRows) -> None:
     """Begins a checkpoint of the step just made, if that was sound. All ranks call it at the same step."""
+    heart().enter("saving", job.progress.step + 1)
     job.guard.check(all_steps=True)
     job.progress.health = job.guard.health.history()
     job.progress.updates_skipped = job.meter.updates_skipped()
@@ -293,6 +303,7 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
 
 def save_last(job: Job, trained: StepRows | None) -> None:
     """Makes sure that the last trained step has a checkpoint. Raises CheckpointError where it cannot."""
+    heart().enter("ending", job.progress.step + 1)
     job.checkpointer.wait()
     if trained is not None and job.checkpointer.last_saved != job.progress.step:
         save(job, trained)
