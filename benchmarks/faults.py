@@ -11,6 +11,7 @@ that is interrupted goes on. Ranks are gloo processes, forked from one that has 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,13 +22,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from machine import machine
 from text import prepare
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame import schema
 from flame.recipe import Recipe, read_recipe
@@ -213,10 +218,24 @@ def damage(checkpoint: Path, kind: str) -> None:
 
 
 def figures(run: Run) -> list[Any]:
-    """Everything that must be equal: of each step, and the seals of the final tensors."""
-    manifest = json.loads((step_directory(run.path, STEPS) / "manifest.json").read_text())
-    seals = {name: seal for name, seal in manifest["files"].items() if name.startswith("__")}
-    return [[[record[key] for key in EXACT] for record in run.metrics()], seals]
+    """Everything that must be equal: of each step, and the final parameters and optimizer state, in bits."""
+    steps = [[record[key] for key in EXACT] for record in run.metrics()]
+    return [steps, tensor_hashes(step_directory(run.path, STEPS))]
+
+
+def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+    """Of each tensor; which rank's file holds it, and where, is not always the same."""
+    reader = dcp.FileSystemReader(checkpoint)
+    saved = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        key: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for key, meta in saved.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():  # that it reads alone is what was asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key: hashlib.blake2b(tensor.numpy().tobytes()).hexdigest() for key, tensor in state.items()}
 
 
 def one_run(folder: Path, seed: int, kinds: tuple[str, ...], undisturbed: list[Any]) -> list[dict[str, Any]]:

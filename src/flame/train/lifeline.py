@@ -32,7 +32,7 @@ class StopFlag:
             os._exit(Exit.STOPPED)
         if self._interrupted and number == signal.SIGINT:
             os._exit(INTERRUPTED)
-        self._set, self._interrupted = True, number == signal.SIGINT
+        self._set, self._interrupted = True, self._interrupted or number == signal.SIGINT
 
     def __call__(self) -> bool:
         self._read = True
