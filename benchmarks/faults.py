@@ -4,8 +4,8 @@
 
 Each run suffers some faults; its rows, losses, gradient norms and final parameters are then compared with
 those of an undisturbed run. Results are appended to DIR/faults.jsonl, one line a fault, so that a campaign
-that is interrupted goes on. Ranks are gloo processes, forked from one that has everything imported; only for
-`launcher` is it `flame train` itself that is killed and started again: its seconds hold a cold start.
+that is interrupted goes on. Ranks are gloo processes, forked from a warm parent as those of `flame train`;
+for `launcher` it is `flame train` itself that is killed and started again: its seconds hold a cold start.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from text import prepare
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame import schema
+from flame.commands.train import WARM, WARM_WITHOUT_GPU, warm_parent
 from flame.recipe import Recipe, read_recipe
 from flame.train.journal import read_lines
 from flame.train.keeping import saved_steps, step_directory
@@ -113,6 +114,7 @@ def launcher(recipe: Recipe, asked: str) -> None:
     output = os.open(recipe.directory / "said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    warm_parent((*WARM, *WARM_WITHOUT_GPU))
     code = recovery.supervise(
         suffering,
         (schema.to_toml(recipe), asked),
@@ -302,7 +304,7 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
     kinds: list[str] = options.kinds.split(",")
-    CONTEXT.set_forkserver_preload(["flame.run", "flame.train.recovery"])
+    CONTEXT.set_forkserver_preload(["flame.train.recovery"])
     log, deadline = folder / "faults.jsonl", time.monotonic() + options.seconds
     undisturbed = Run(folder, "undisturbed")
     assert undisturbed.end() == 0, "the undisturbed run failed"

@@ -24,6 +24,7 @@ def supervised(recipe: Path, ranks: int, work: Callable[..., int], *extra: Any) 
 
 
 def _supervise(recipe: Recipe, ranks: int, work: Callable[..., int], extra: tuple[Any, ...]) -> None:
+    from flame.commands.train import WARM, WARM_WITHOUT_GPU, warm_parent
     from flame.train import recovery
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,6 +32,7 @@ def _supervise(recipe: Recipe, ranks: int, work: Callable[..., int], extra: tupl
     output = os.open(recipe.directory / "said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    warm_parent((*WARM, *WARM_WITHOUT_GPU))
     code = recovery.supervise(
         work,
         (schema.to_toml(recipe), *extra),
