@@ -20,11 +20,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# a process of tests for each core; a file's tests stay together
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 format: install
 	$(BIN)/ruff check --fix .

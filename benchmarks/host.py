@@ -24,6 +24,7 @@ from flame.parallel.fsdp import shard
 from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
+from flame.train.groups import group_parameters
 from flame.train.optimizer import build_optimizer
 from flame.train.shards import Shards, WholeModel, clip
 from flame.train.step import update
@@ -50,7 +51,9 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     if way != "whole":
         shard(model, [], data_mesh(resolve_layout(ParallelConfig(), 1), "cpu"), torch.float32)
     shards = WholeModel(model, torch.float32) if way == "whole" else Shards(model)
-    optimizer = build_optimizer(shards, OptimizerConfig(), set(), fused=True)
+    shapes = {piece.name: tuple(piece.parameter.shape) for piece in shards.pieces}
+    groups = group_parameters(OptimizerConfig(), shapes, undecayed=())
+    optimizer = build_optimizer(shards, OptimizerConfig(), groups, fused=True)
     if way == "dtensors":
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}

@@ -31,8 +31,7 @@ from flame.data.lanes import Lane
 from flame.data.plan import DataPlan
 from flame.data.raw import SourceFile
 from flame.data.sources import Source
-from flame.data.streams import SourceReader
-from flame.data.tokens import Part
+from flame.data.walk import SourceReader
 
 DOCUMENT_BYTES, DOCUMENT_TOKENS = 4096, 1024
 FILES, BUFFER = 100, 10_000
@@ -64,8 +63,11 @@ class Simulated(SourceReader):
 class FixedLength:
     """A tokenizer to which every document is as long."""
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        return [np.zeros(DOCUMENT_TOKENS, dtype=np.int32)] * len(parts)
+    def encode_parts(
+        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        stops = np.arange(1, len(texts) + 1) * DOCUMENT_TOKENS
+        return np.zeros(len(texts) * DOCUMENT_TOKENS, dtype=np.int32), stops
 
 
 def main() -> None:

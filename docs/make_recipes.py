@@ -62,7 +62,7 @@ tokens_per_step = "128Ki"
 [batch]
 tokens_per_step = "64Ki"         # over all ranks; a whole number of rows
 
-[optimizer]
+[optimizer]                      # docs/optimizers.md: Muon, groups of parameters, an average
 learning_rate = 1e-3
 
 [schedule]

@@ -47,7 +47,7 @@ def checked(err: str) -> str:
         ({"tokens_per_step = 768": "tokens_per_step = 32"}, ["batch.tokens_per_step", "such as 64"]),
         ({"steps = 6": ""}, ["run", "steps or tokens"]),
         ({"steps = 6": "steps = 6\ntokens = 700"}, ["run", "either steps or tokens"]),
-        ({"steps = 6": "steps = 0"}, ["run.steps", "at least 1"]),
+        ({"steps = 6": "steps = -1"}, ["run.steps", "-1"]),
         ({'"5 steps"': '"5"'}, ["schedule.warmup", "with its unit"]),
         ({"[checkpoint]": "[parallel]\nshard = 3\n[checkpoint]"}, ["shard 3", "2", "--nproc 3"]),
         ({"tokens_per_step = 768": "tokens_per_step = 64"}, ["2 data-parallel ranks", "only 1 rows"]),

@@ -24,8 +24,9 @@ from flame.models import cpu
 from flame.models.build import build_on_meta, initialize
 from flame.models.registry import family_of, load_config
 from flame.recipe import Recipe, read_recipe
-from flame.train.checkpoint import read_model_tensors, saved_steps, step_directory
+from flame.train.keeping import saved_steps, step_directory
 from flame.train.loss import LossModule
+from flame.train.saved_tensors import SavedTensors
 
 STEPS = 6
 
@@ -49,7 +50,7 @@ def as_trained(recipe: Recipe, step: int) -> LossModule:
     config = load_config(recipe.model.config)
     family, model = family_of(config), build_on_meta(config)
     initialize(model, config, seed=0, device="cpu")
-    model.load_state_dict(read_model_tensors(step_directory(recipe.directory, step)))
+    model.load_state_dict(dict(SavedTensors(step_directory(recipe.directory, step))))
     return LossModule(model, family.hidden, family.head(model)).eval()
 
 
@@ -109,7 +110,7 @@ def test_an_export_gives_the_trainers_logits_and_loss(export_of, model: str) -> 
 def test_a_step_of_ones_choice_is_exported_in_a_type_of_ones_choice(export_of, tmp_path: Path) -> None:
     recipe, folder = export_of("gla", "--step", "4", "--dtype", "bfloat16")
     weights = as_exported(folder).state_dict()
-    saved = read_model_tensors(step_directory(recipe.directory, 4))
+    saved = dict(SavedTensors(step_directory(recipe.directory, 4)))
     assert saved_steps(recipe.directory) == [4, STEPS]
     for name, tensor in weights.items():
         assert torch.equal(tensor.float(), saved[name].to(torch.bfloat16).float()), name

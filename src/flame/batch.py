@@ -90,6 +90,14 @@ class Skip(NamedTuple):
     reason: str
 
 
+class HeldOutBatch(NamedTuple):
+    """A micro-batch of validation rows."""
+
+    batch: Batch
+    rows: list[int]  # their numbers in the set; -1 for filler
+    sources: np.ndarray  # int64 [b, L]: the source of each token, -1 where there is none
+
+
 @dataclass(frozen=True, slots=True)
 class StepRows:
     """All that one rank trains in one step, and the data state after it."""

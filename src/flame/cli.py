@@ -65,6 +65,7 @@ def make_parser() -> Parser:
         add_tokenizer,
         add_export,
         add_generate,
+        add_eval,
         add_status,
         add_report,
         add_checkpoint,
@@ -154,17 +155,22 @@ def add_tokenizer(commands: Any) -> None:
 
 def add_export(commands: Any) -> None:
     summary = "write a run's model as a folder that transformers loads"
-    takes = ("run", "step", "to", "dtype")
+    takes = ("run", "step", "to", "dtype", "shard_size", "ema")
     export = add_command(commands, "export", summary, ("export", "export"), takes)
     export.add_argument("run", metavar="RUN")
     export.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
     export.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the weights (default: %(default)s)",
     )
+    export.add_argument(
+        "--ema", action="store_true", help="the average of the weights, which optimizer.ema keeps"
+    )
+    summary = 'most of one file of weights, in bytes: "2B", "4Gi" (default: %(default)s)'
+    export.add_argument("--shard-size", default="5B", metavar="N", help=summary)
 
 
 def add_generate(commands: Any) -> None:
@@ -184,6 +190,37 @@ def add_generate(commands: Any) -> None:
         help="0 takes the likeliest (default: %(default)s)",
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+
+
+def add_eval(commands: Any) -> None:
+    summary = "a model's loss and bits per byte on held out text, or tasks of lm-evaluation-harness"
+    takes = ("model", "step", "files", "text", "tokens", "length")
+    takes += ("tasks", "include", "shots", "limit", "batch_size", "json")
+    command = add_command(commands, "eval", summary, ("evaluate", "evaluate"), takes)
+    command.add_argument("model", metavar="DIR_OR_RUN")
+    command.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of a run (default: the newest)"
+    )
+    command.add_argument(
+        "--files", nargs="+", metavar="FILE", help="text to read (default: what the run's recipe holds out)"
+    )
+    command.add_argument("--text", metavar="FIELD", help="of these files (default: text, else content)")
+    command.add_argument(
+        "--tokens", metavar="N", help="the first so many, such as 1M (default: all, or the run's)"
+    )
+    command.add_argument(
+        "--length", type=int, metavar="L", help="tokens in a row (default: the run's, else up to 2048)"
+    )
+    command.add_argument(
+        "--tasks", metavar="A,B", help='run these instead (extra: pip install "flame[eval]")'
+    )
+    command.add_argument("--include", metavar="DIR", help="a folder with tasks of your own")
+    command.add_argument("--shots", type=int, metavar="N", help="examples before each question of a task")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
+    command.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="of the tasks (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def add_status(commands: Any) -> None:

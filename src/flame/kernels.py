@@ -30,9 +30,12 @@ from flame.models.kernel_platform import (
     user_folder,
 )
 from flame.models.kernels import Tuner, installed
-from flame.models.registry import family_of, load_config
+from flame.models.registry import family_of
+from flame.origin import model_config
 from flame.parallel.world import World
 from flame.recipe import FILE, Recipe
+from flame.train.config import OptimizerConfig
+from flame.train.groups import group_parameters
 from flame.train.lifeline import die_with_parent
 from flame.train.optimizer import build_optimizer
 from flame.train.rehearsal import forward_backward, made_up_batch, small_model
@@ -162,7 +165,7 @@ def prepare(text: str, ranks: int | None) -> dict[str, Any]:
     ask_for_gpu()
     device = torch.device("cuda", 0)
     recipe = schema.build(Recipe, tomllib.loads(text), FILE)
-    config = load_config(recipe.model.config, recipe.model.module)
+    config = model_config(recipe)
     for note in check_kernels([config.model_type], device):
         print(note, flush=True)
     platform = platform_of(device)
@@ -206,8 +209,13 @@ def _train_thinned(recipe: Recipe, config: Any, tuner: Tuner, ranks: int, begun:
     shapes = list(dict.fromkeys(shapes_of(plan, fresh_micro_batch_rows(recipe, plan, ranks, device))))
     list_kernels(tuner, device, family, config, compute, shapes)
     model, shards = small_model(config, family, compute, device, compile_blocks=compiled)
-    decays = family.no_weight_decay(model.get_submodule("guest"))
-    optimizer = build_optimizer(shards, recipe.optimizer, decays, fused=True)
+    # the recipe's own optimizer has no kernels to prepare, and its patterns may name layers that are not here
+    groups = group_parameters(
+        OptimizerConfig(),
+        {piece.name: tuple(piece.parameter.shape) for piece in shards.pieces},
+        undecayed=family.no_weight_decay(model.get_submodule("guest")),
+    )
+    optimizer = build_optimizer(shards, OptimizerConfig(), groups, fused=True)
     first: float | None = None
     for step in range(WARM_STEPS):
         for shape in shapes:

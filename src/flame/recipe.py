@@ -18,12 +18,15 @@ from flame.schema import Duration, section
 from flame.train.config import (
     BatchConfig,
     CheckpointConfig,
+    ExportConfig,
     LoggingConfig,
+    LossConfig,
     OptimizerConfig,
     RecoveryConfig,
     RunConfig,
     ScheduleConfig,
 )
+from flame.train.groups import check_optimizer
 from flame.train.schedule import Schedule
 
 FILE = "recipe.toml"  # the resolved recipe in a run directory
@@ -38,11 +41,13 @@ class Recipe:
     batch: BatchConfig = section(BatchConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
+    loss: LossConfig = section(LossConfig)
     parallel: ParallelConfig = section(ParallelConfig)
     precision: PrecisionConfig = section(PrecisionConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
     recovery: RecoveryConfig = section(RecoveryConfig)
+    export: ExportConfig = section(ExportConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
     @property
@@ -79,23 +84,30 @@ def check(recipe: Recipe, origin: str) -> None:
     run, batch = recipe.run, recipe.batch
     if run.steps is not None and run.tokens is not None:
         raise RecipeError(f"{origin}: run: give either steps or tokens, the length of the run, not both")
+    if run.steps is not None and run.steps < 0:
+        raise RecipeError(f"{origin}: run.steps: found {run.steps}, expected at least 0")
     for name, value in [
-        ("run.steps", run.steps),
         ("run.tokens", run.tokens),
         ("batch.tokens_per_step", batch.tokens_per_step),
         ("batch.micro_batch_rows", batch.micro_batch_rows),
         ("data.sequence_length", recipe.data.sequence_length),
         ("validation.tokens", recipe.validation.tokens),
+        ("validation.every", recipe.validation.every and recipe.validation.every.amount),
+        ("validation.prompt_tokens", recipe.validation.prompt_tokens),
         ("checkpoint.every", recipe.checkpoint.every.amount),
         ("checkpoint.keep", recipe.checkpoint.keep),
+        ("export.every", recipe.export.every and recipe.export.every.amount),
+        ("export.keep", recipe.export.keep),
         ("logging.every", recipe.logging.every.amount),
     ]:
         if value is not None and value < 1:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
-    if not recipe.model.config and recipe.model.module is None:
-        raise RecipeError(f"{origin}: model: give config, or module for a model of your own")
+    check_beginning(recipe, origin)
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
+    if recipe.loss.z_loss < 0:
+        raise RecipeError(f"{origin}: loss.z_loss: found {recipe.loss.z_loss}, expected 0 or more")
+    check_optimizer(recipe.optimizer, origin)
     plan = recipe.plan
     if run.steps is None and run.tokens is None and not plan.ends:
         raise RecipeError(
@@ -103,6 +115,58 @@ def check(recipe: Recipe, origin: str) -> None:
             "the run then ends with its data"
         )
     Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, plan.steps_of)
+    check_validation(recipe, origin)
+
+
+def check_validation(recipe: Recipe, origin: str) -> None:
+    """Which documents are held out is said in one way, and nothing is asked of a validation that is never."""
+    wanted = recipe.validation
+    by_files = any(source.validation for source in recipe.data.sources)
+    if wanted.sources and (wanted.fraction or by_files):
+        other = "validation.fraction is set" if wanted.fraction else "a source names validation files"
+        raise RecipeError(f"{origin}: validation.sources: {other}, too; give one of the two")
+    if wanted.every is not None and not (wanted.fraction or wanted.sources or by_files):
+        raise RecipeError(
+            f"{origin}: validation.every: nothing is held out: set validation.fraction, such as 0.001, or "
+            'give [[validation.sources]], or name validation files in a source (validation = "...")'
+        )
+    for name in ("sources", "at_start", "hook", "prompts"):
+        if wanted.every is None and getattr(wanted, name):
+            raise RecipeError(
+                f"{origin}: validation.{name}: there is no validation: say how often, such as "
+                'validation.every = "1000 steps"'
+            )
+    if wanted.hook is not None and not all(wanted.hook.rpartition(":")[::2]):
+        raise RecipeError(
+            f'{origin}: validation.hook: found "{wanted.hook}", expected "file.py:function", such as '
+            '"my_checks.py:evaluate"'
+        )
+
+
+def check_beginning(recipe: Recipe, origin: str) -> None:
+    """Refuses settings that leave open what a run begins with."""
+    run, model = recipe.run, recipe.model
+    if not model.config and model.module is None and model.init_from is None:
+        raise RecipeError(
+            f"{origin}: model: give config, or module for a model of your own, or init_from for weights "
+            "that bring their config"
+        )
+    if run.start_from is not None and model.init_from is not None:
+        raise RecipeError(f"{origin}: run.start_from and model.init_from: a run begins with one of the two")
+    if run.start_from is None and run.start_from_parts != ["model"]:
+        raise RecipeError(f"{origin}: run.start_from_parts: there is no run.start_from to take them from")
+    if run.exclude and run.start_from is None and model.init_from is None:
+        raise RecipeError(
+            f"{origin}: run.exclude: all parameters begin anew without run.start_from or model.init_from"
+        )
+
+
+def split_start(spec: str) -> tuple[Path, int | None]:
+    """The directory and the step of a `run.start_from`."""
+    run, _, step = spec.rpartition("@")
+    if run and step.isdigit() and not Path(spec).exists():
+        return Path(run), int(step)
+    return Path(spec), None
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
@@ -127,9 +191,16 @@ def make_absolute(recipe: Recipe) -> None:
         recipe.tokenizer.path = _absolute(recipe.tokenizer.path)
     if recipe.model.config and (Path(recipe.model.config).exists() or recipe.model.config.endswith(".json")):
         recipe.model.config = _absolute(recipe.model.config)
+    if recipe.model.init_from is not None and Path(recipe.model.init_from).exists():
+        recipe.model.init_from = _absolute(recipe.model.init_from)
+    if recipe.run.start_from is not None:
+        recipe.run.start_from = _absolute(recipe.run.start_from)
     if recipe.model.module is not None:
         recipe.model.module = _absolute(recipe.model.module)
-    for source in recipe.data.sources:
+    if recipe.validation.hook is not None:
+        file, _, function = recipe.validation.hook.rpartition(":")
+        recipe.validation.hook = f"{_absolute(file)}:{function}"
+    for source in [*recipe.data.sources, *recipe.validation.sources]:
         source.files = [name if is_url(name) else _absolute(name) for name in source.files]
         source.validation = [name if is_url(name) else _absolute(name) for name in source.validation]
         if source.chat_template is not None:

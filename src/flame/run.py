@@ -8,14 +8,14 @@ import socket
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import orjson
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from flame import schema
 from flame.batch import Counts
@@ -25,30 +25,29 @@ from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
-from flame.errors import DataError, Exit, FlameError, ModelError
-from flame.kernels import compute_dtype, fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
-from flame.models.build import build_on_meta, initialize
-from flame.models.family import Family
+from flame.errors import DataError, Exit, ModelError
+from flame.exports import export_finished, exporter_of
+from flame.guest import Guest, build_guest
+from flame.held_out import make_validation
+from flame.kernels import fresh_micro_batch_rows, kernels_of, rehearse, shapes_of
 from flame.models.flops import peak_flops
 from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
-from flame.models.registry import family_of, load_config
-from flame.parallel.apply import apply_parallelism
-from flame.parallel.fsdp import settle
-from flame.parallel.mesh import data_mesh, resolve_layout
+from flame.models.matching import config_record, differing
+from flame.origin import begin_with, check_origin, in_words, model_config
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
 from flame.train.agreement import Agreement
 from flame.train.checkpoint import Checkpointer, load_tensors, newest_sound
+from flame.train.exporter import remove_unfinished
+from flame.train.groups import FILE as GROUPS_FILE
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.keeping import read_record, remove_leftovers, step_directory
 from flame.train.loop import Job, Progress, train
-from flame.train.loss import LossModule
 from flame.train.metrics import Meter, Screen
-from flame.train.optimizer import build_optimizer
-from flame.train.rollback import Guard, RolledBack, RowsLeft, Skipped, set_aside
+from flame.train.rollback import Guard, RolledBack, RowsLeft, Skipped, inherit, set_aside
 from flame.train.schedule import Schedule
-from flame.train.shards import Shards, WholeModel
+from flame.train.validation import Validation
 
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
@@ -81,6 +80,7 @@ def take_directory(recipe: Recipe, held: list[RunLock]) -> None:
     held.append(RunLock(recipe.directory))
     refuse_other_run(recipe)
     remove_leftovers(recipe.directory)
+    remove_unfinished(recipe.directory)
 
 
 def quiet_other_ranks(recipe: Recipe, world: World) -> None:
@@ -99,7 +99,7 @@ def quiet_other_ranks(recipe: Recipe, world: World) -> None:
 def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit | None:
     """Builds data and model, loads what was saved, and trains. None where the run has gone back before a
     bad step and goes on from there."""
-    config = load_config(recipe.model.config, recipe.model.module)
+    config = model_config(recipe)
     for note in check_kernels([config.model_type], world.device):
         if world.rank == 0:
             print(note, flush=True)
@@ -107,17 +107,22 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     guest = build_guest(recipe, world, data.catalog, config)
     skipped = world.from_rank_zero(lambda: set_aside(recipe.directory))
     step = newest_sound(recipe.directory, world.checkpoint)
-    saved = Saved()
     if step is not None:
-        data, state = rejoin_data(recipe, world, data, step)
+        data, state = rejoin_data(recipe, world, data, recipe.directory, step)
         saved = load_saved(recipe, world, guest, state, step)
+    else:
+        data, saved, skipped = begin_anew(recipe, world, guest, data, skipped)
     total = recipe.total_steps
-    if total is not None and saved.progress.step >= total:
+    if saved.resumed and total is not None and saved.progress.step >= total:
         if world.rank == 0:
             print(f"{recipe.directory} is finished: step {saved.progress.step} of {total}")
+            export_finished(recipe, saved.progress.step)
         return Exit.DONE
 
     rows = micro_batch_rows(recipe, data.plan, world, saved)
+    validation = make_validation(
+        recipe, world, guest.with_loss, guest.model, data.catalog, data.plan, rows[0]
+    )
     begin(recipe, world, guest, saved)
     if tuner is not None:
         rehearse(tuner, world, guest.family, guest.config, guest.compute, shapes_of(data.plan, rows))
@@ -125,13 +130,18 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     if world.rank == 0:
         journal = Journal(recipe.directory, saved.progress.step, tensorboard=recipe.logging.tensorboard)
         screen = Screen(total, saved.progress.step)
+    if validation is not None:
+        validation.journal = journal
     with Loader(data.catalog, data.plan, world.rank, world.size, rows, saved.data) as loader:
         try:
-            return train(
-                make_job(recipe, world, stop, guest, data, saved, skipped, loader, rows, journal, screen)
+            job = make_job(
+                recipe, world, stop, guest, data, saved, skipped, loader, rows, journal, screen, validation
             )
-        except RolledBack:
-            return None
+            try:
+                return train(job)
+            except RolledBack:
+                job.exporter.abandon()
+                return None
         finally:
             if journal is not None and screen is not None:
                 screen.close()
@@ -162,15 +172,16 @@ def open_data(recipe: Recipe, world: World) -> Data:
     return Data(plan, catalog, seal)
 
 
-def rejoin_data(recipe: Recipe, world: World, data: Data, step: int) -> tuple[Data, DataState]:
-    """The data as the run knows them, and its place in them. Raises DataError where they are others."""
-    state = DataState.from_json(read_record(recipe.directory, step, "data.json"))
+def rejoin_data(recipe: Recipe, world: World, data: Data, run: Path, step: int) -> tuple[Data, DataState]:
+    """The data as a run (this one, or one that it branches off) knows them, and its place in them. Raises
+    DataError where they are others."""
+    state = DataState.from_json(read_record(run, step, "data.json"))
 
     def look() -> tuple[Data, DataState]:
         try:
             found = rejoin(data.catalog, data.plan, state, accept=recipe.data.accept_changed_sources)
         except DataError as error:
-            raise DataError(f"{recipe.directory} was started with other data: {error}") from None
+            raise DataError(f"{run} was started with other data: {error}") from None
         if found.changes:
             event(recipe.directory, "sources_changed", step=step, changes=found.changes)
         return Data(data.plan, found.catalog, fingerprint(found.catalog, data.plan)), found.state
@@ -190,64 +201,6 @@ def micro_batch_rows(recipe: Recipe, plan: DataPlan, world: World, saved: Saved)
     return fresh_micro_batch_rows(recipe, plan, world.size, world.device)
 
 
-# --------------------------------------------------------------------------------------- model
-
-
-@dataclass(frozen=True)
-class Guest:
-    """The model as this rank holds it, and how to train it."""
-
-    config: Any
-    family: Family
-    model: nn.Module  # as transformers knows it; its parameters are sharded
-    with_loss: LossModule
-    shards: Shards
-    optimizer: torch.optim.Optimizer
-    compute: torch.dtype
-
-
-def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> Guest:
-    """The model, parallelised, with its initial weights and its optimizer."""
-    origin = recipe.model.module or recipe.model.config
-    family = family_of(config)
-    if catalog.vocab_size > config.vocab_size:
-        raise ModelError(
-            f"{origin}: vocab_size is {config.vocab_size}, but the tokenizer "
-            f"{recipe.tokenizer.path} has {catalog.vocab_size} ids; raise it, or take another tokenizer"
-        )
-    compute = compute_dtype(recipe, world.device)
-    if compute == torch.bfloat16:  # what little is left in float32 then may use the tensor cores too
-        torch.set_float32_matmul_precision("high")
-    model = build_model(origin, config)
-    with_loss = LossModule(model, family.hidden, family.head(model))
-    layout = resolve_layout(recipe.parallel, world.size)
-    mesh = data_mesh(layout, world.device.type) if world.size > 1 else None
-    on_gpu = world.device.type == "cuda"
-    apply_parallelism(
-        with_loss,
-        [block for _, block in family.blocks(model)],
-        mesh,
-        compute=compute,
-        compile_blocks=(family.compiles and on_gpu) if recipe.model.compile is None else recipe.model.compile,
-    )
-    initialize(model, config, recipe.run.seed, world.device)
-    settle(with_loss)
-    shards = Shards(model) if mesh is not None else WholeModel(model, compute)
-    optimizer = build_optimizer(shards, recipe.optimizer, family.no_weight_decay(model), fused=on_gpu)
-    return Guest(config, family, model, with_loss, shards, optimizer, compute)
-
-
-def build_model(path: str, config: Any) -> nn.Module:
-    """The model on meta. Raises ModelError where its own code refuses the config."""
-    try:
-        return build_on_meta(config)
-    except FlameError:
-        raise
-    except Exception as error:  # a guest's constructor raises whatever it likes
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{path}: the model cannot be built from this config: {reason}; mend it") from error
-
-
 # -------------------------------------------------------------------------------------- resume
 
 
@@ -259,33 +212,40 @@ class Saved:
     data: DataState | None = None
     micro_batch_rows: list[int] | None = None  # for each stage of the data
     ranks: int | None = None
+    origin: dict[str, Any] | None = None  # what the run began with, other than fresh weights
+    resumed: bool = False  # from a checkpoint of its own
 
 
 def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, step: int) -> Saved:
     """Loads a checkpoint. Raises FlameError where it belongs to another model."""
     train_record = read_record(recipe.directory, step, "train.json")
+    origin = train_record.pop("origin", None)
+    check_origin(recipe, origin)
     extra = {key: train_record.pop(key) for key in ("micro_batch_rows", "ranks", "model")}
-    for name, old, new in differing(extra["model"], model_record(guest.config)):
+    for name, old, new in differing(extra["model"], config_record(guest.config)):
         raise ModelError(
             f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
-            f"in {recipe.model.module or recipe.model.config}"
+            f"in {recipe.model.module or recipe.model.config or recipe.model.init_from}"
         )
     path = step_directory(recipe.directory, step)
     load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
-    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"])
+    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], extra["ranks"], origin, True)
 
 
-def model_record(config: Any) -> dict[str, Any]:
-    """The config as a checkpoint keeps it; what transformers notes of itself does not count."""
-    record = cast("dict[str, Any]", orjson.loads(config.to_json_string(use_diff=False)))
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        record.pop(name, None)
-    return record
-
-
-def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys in which two records differ. Keys that one of them lacks came with another version."""
-    return [(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+def begin_anew(
+    recipe: Recipe, world: World, guest: Guest, data: Data, skipped: Skipped
+) -> tuple[Data, Saved, Skipped]:
+    """What a run without a checkpoint of its own begins with: fresh weights, given ones, or another run's.
+    Where it goes on in another's data, the rows that one skips are `skipped`, too. Raises FlameError."""
+    origin, trunk = begin_with(recipe, world, guest.config, guest.model, guest.shards, guest.optimizer)
+    if trunk is None:
+        return data, Saved(origin=origin), skipped
+    data, state = rejoin_data(recipe, world, data, trunk.run, trunk.step)
+    record = read_record(trunk.run, trunk.step, "train.json")
+    progress = Progress(**{f.name: record[f.name] for f in fields(Progress) if f.name in record})
+    progress.health = {}  # of another model than this, where parts of it begin anew
+    skipped = world.from_rank_zero(lambda: inherit(recipe.directory, trunk.run))
+    return data, Saved(progress, state, record["micro_batch_rows"], record["ranks"], origin), skipped
 
 
 # ------------------------------------------------------------------------------------ assembly
@@ -298,16 +258,55 @@ def begin(recipe: Recipe, world: World, guest: Guest, saved: Saved) -> None:
         return
     run, step = recipe.directory, saved.progress.step
     replace_file(run / FILE, schema.to_toml(recipe).encode())
-    described = environment(world.device)
+    described = {**environment(world.device), "origin": saved.origin}
     replace_file(run / "environment.json", orjson.dumps(described, option=orjson.OPT_INDENT_2))
-    name = "resume" if step else "start"
-    event(run, name, step=step, ranks=world.size, host=socket.gethostname(), pids=pids)
+    name = "resume" if saved.resumed else "start"
+    told = {"origin": saved.origin} if saved.origin is not None and not saved.resumed else {}
+    event(run, name, step=step, ranks=world.size, host=socket.gethostname(), pids=pids, **told)
     parameters = sum(p.numel() for p in guest.model.parameters())
     print(
-        f"{'resuming after step ' + str(step) if step else 'starting'}: {guest.family.name}, "
-        f"{parameters:,} parameters, {world.size} rank(s) on {described['device']}",
+        f"{f'resuming after step {step}' if saved.resumed else in_words(saved.origin)}: "
+        f"{guest.family.name}, {parameters:,} parameters, {world.size} rank(s) on {described['device']}",
         flush=True,
     )
+    groups = guest.optimizer.groups
+    replace_file(run / GROUPS_FILE, orjson.dumps(groups.records(), option=orjson.OPT_INDENT_2))
+    if recipe.optimizer.groups or recipe.optimizer.name == "muon":
+        print(groups.table(), flush=True)
+
+
+def make_meter(
+    world: World,
+    guest: Guest,
+    data: Data,
+    saved: Saved,
+    journal: Journal | None,
+    screen: Screen | None,
+) -> Meter:
+    """Who counts the steps."""
+    per = guest.family.flops(guest.config)
+    peak = peak_flops(device_name(world.device), guest.compute)
+
+    def flops(counts: Counts) -> float:
+        return per.per_token * counts.tokens + per.per_pair * counts.attended
+
+    return Meter(
+        flops=flops,
+        peak_flops=peak * world.size if peak is not None else None,
+        device=world.device,
+        updates_skipped=saved.progress.updates_skipped,
+        sources=[source.name for source in data.catalog.sources],
+        journal=journal,
+        screen=screen,
+    )
+
+
+def make_guard(
+    recipe: Recipe, world: World, data: Data, saved: Saved, skipped: Skipped, checkpointer: Checkpointer
+) -> Guard:
+    """Who watches the steps."""
+    history, begun = saved.progress.health, 0 if saved.resumed else saved.progress.step
+    return Guard.of(recipe.recovery, checkpointer, world.control, data.plan, skipped, history, begun)
 
 
 def make_job(
@@ -322,21 +321,18 @@ def make_job(
     rows: list[int],
     journal: Journal | None,
     screen: Screen | None,
+    validation: Validation | None,
 ) -> Job:
     """Puts the pieces into the loop's hands."""
-    per = guest.family.flops(guest.config)
-    peak = peak_flops(device_name(world.device), guest.compute)
-    columns = loader.columns
+    columns, lanes = loader.columns, data.plan.lanes
+    nothing_read = DataState(0, np.zeros((lanes, len(columns)), np.int64), columns, data.fingerprint)
+    start = nothing_read if saved.data is None else saved.data
+    exporter = exporter_of(recipe, world.rank)
     keeping = recipe.checkpoint.keep, recipe.checkpoint.keep_every
-    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping)
-    guard = Guard.of(recipe.recovery, checkpointer, world.control, data.plan, skipped, saved.progress.health)
+    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping, exporter)
 
-    def data_record(step: int, lanes: Any) -> dict[str, Any]:
-        state = DataState(step, lanes, columns, data.fingerprint)
+    def data_record(state: DataState) -> dict[str, Any]:
         return {**state.to_json(), "skipped_rows": skipped.to_json()}
-
-    def flops(counts: Counts) -> float:
-        return per.per_token * counts.tokens + per.per_pair * counts.attended
 
     return Job(
         run=recipe.directory,
@@ -354,25 +350,22 @@ def make_job(
         rows=RowsLeft(loader.next_step, skipped),
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources)),
         checkpointer=checkpointer,
-        meter=Meter(
-            flops=flops,
-            peak_flops=peak * world.size if peak is not None else None,
-            device=world.device,
-            updates_skipped=saved.progress.updates_skipped,
-            sources=[source.name for source in data.catalog.sources],
-            journal=journal,
-            screen=screen,
-        ),
+        exporter=exporter,
+        export_every=recipe.export.every,
+        meter=make_meter(world, guest, data, saved, journal, screen),
+        validation=validation,
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         progress=saved.progress,
-        guard=guard,
+        guard=make_guard(recipe, world, data, saved, skipped, checkpointer),
+        beginning=None if saved.resumed else data_record(start),
         should_stop=stop,
         check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),
-        data_record=data_record,
+        data_record=lambda step, lanes: data_record(DataState(step, lanes, columns, data.fingerprint)),
         extra_record={
             "micro_batch_rows": rows,
             "ranks": world.size,
-            "model": model_record(guest.config),
+            "model": config_record(guest.config),
+            "origin": saved.origin,
         },
     )

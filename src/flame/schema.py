@@ -85,6 +85,17 @@ def parse_count(raw: Any) -> int:
     return int(scaled)
 
 
+def count_option(option: str, text: str) -> int:
+    """A count of at least 1 that an option of a command gives. Raises RecipeError naming the option."""
+    try:
+        found = parse_count(text)
+    except ValueError as error:
+        raise RecipeError(f'{option}: found "{text}", expected {error}') from None
+    if found < 1:
+        raise RecipeError(f"{option}: found {found}, expected at least 1")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Duration:
     """A length of training with its unit: `1000 steps`, `8B tokens`, `30 minutes`."""
@@ -262,7 +273,9 @@ def leaves(cls: type[Any], where: str = "") -> Iterator[Leaf]:
             continue
         inner = get_args(hint)[0] if get_origin(hint) is list else None
         if inner is not None and dataclasses.is_dataclass(inner):
-            yield from leaves(cast("type[Any]", inner), f"{path}[]")
+            within = leaves(cast("type[Any]", inner), f"{path}[]")
+            fixed = field.metadata["identity"]  # tables that are free are free as a whole
+            yield from within if fixed else (dataclasses.replace(leaf, identity=False) for leaf in within)
             continue
         made = field.default_factory is not MISSING
         default: Any = field.default_factory() if made else field.default  # type: ignore[misc]
@@ -338,7 +351,8 @@ def identity_differences(cls: type[Any], old: Any, new: Any) -> list[tuple[str, 
             continue
         pairs = zip(_reach(old, leaf.path), _reach(new, leaf.path), strict=False)
         found += [(path, a, b) for (path, a), (_, b) in pairs if a != b]
-    for name, _ in {leaf.path.partition("[]")[::2] for leaf in leaves(cls) if "[]" in leaf.path}:
+    fixed = [leaf.path for leaf in leaves(cls) if leaf.identity]
+    for name in {path.partition("[]")[0] for path in fixed if "[]" in path}:
         counts = [len(_reach(config, name)[0][1]) for config in (old, new)]
         if counts[0] != counts[1]:
             found.append((name, f"{counts[0]} of them", f"{counts[1]} of them"))

@@ -27,6 +27,9 @@ from hypothesis import given, settings
 
 from flame.batch import COUNTED, IGNORED, StepRows
 from flame.data import tokens
+from flame.data.catalog import open_readers
+from flame.data.hashes import of_bytes
+from flame.data.lanes import Lane
 from flame.data.preview import preview
 from flame.data.state import DataState
 from flame.errors import DataError, RecipeError
@@ -298,6 +301,21 @@ def test_a_window_that_changed_is_refused_with_lane_and_files(open_data: OpenDat
     ranks[0].next_step()
     with pytest.raises(DataError, match=r"lane 1: window \d.*a\.jsonl"):
         ranks[1].next_step()
+
+
+def test_a_state_with_the_window_hashes_of_an_earlier_version_goes_on(open_data: OpenData) -> None:
+    catalog, plan = data = open_data()
+    (loader,) = loaders(data, 1)
+    while (got := loader.next_step()).state[0, 1] == 0:
+        pass
+    state = state_after(data, [got], loader.columns)
+    readers, tokenizer = open_readers(catalog, plan), catalog.load_tokenizer()
+    for number, of_lane in enumerate(state.lanes):
+        lane = Lane(plan, readers, tokenizer, number)
+        windows = [lane.next_window() for _ in range(of_lane[0] + 1)]
+        of_lane[state.columns.index("window_hash")] = of_bytes(windows[-1].rows.tokens)
+    (resumed,) = loaders(data, 1, state)
+    assert plain(rows_of([resumed.next_step()])) == plain(rows_of([loader.next_step()]))
 
 
 def test_a_state_of_other_data_is_refused(open_data: OpenData) -> None:

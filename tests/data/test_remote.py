@@ -28,6 +28,8 @@ from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.sources import list_files
 from flame.data.tokens import load_tokenizer
+from flame.data.validation import own_validation_data
+from flame.data.validation_set import ValidationSet, read_validation_set
 from flame.errors import DataError
 
 LINES = [json.dumps({"text": f"{i} " + "word " * (i % 37)}) for i in range(400)]
@@ -121,6 +123,22 @@ def rows(base: Path, folder: Path, file: str, **settings: Any) -> tuple[object, 
     loader = Loader(catalog, plan, 0, 1, 1, prefetch=False)
     steps = [loader.next_step() for _ in range(12)]
     return [row.segments for step in steps for row in step.rows], fingerprint(catalog, plan)
+
+
+def test_a_validation_set_is_read_by_url(server: Server, folder: Path, tmp_path: Path) -> None:
+    write_formats(server.root)
+    found: list[ValidationSet] = []
+    for file in (f"{server.url}/plain.jsonl", str(server.root / "plain.jsonl")):
+        source = SourceConfig("web", [file])
+        config = DataConfig([source], sequence_length=32, cache_directory=str(tmp_path / "cache"))
+        plan, tokenizer = DataPlan.of(config, 12 * 32, seed=3), TokenizerConfig(str(folder / "tok"))
+        found.append(
+            read_validation_set(*own_validation_data([source], config, tokenizer, plan, tmp_path, 400))
+        )
+    remote_one, local_one = found
+    assert remote_one.counts.tolist() == local_one.counts.tolist()
+    assert remote_one.counts[0, 0] == 400
+    assert [r.tokens.tobytes() for r in remote_one.rows] == [r.tokens.tobytes() for r in local_one.rows]
 
 
 @pytest.mark.parametrize("name", ["plain.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

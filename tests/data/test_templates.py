@@ -175,7 +175,7 @@ def test_labels_are_the_assistants_words_alone_however_they_are_cut(opened: Call
     for position, content in [r for b in range(len(source.blocks)) for r in block(reader, source, b)]:
         text = text_of(reader, content)
         if isinstance(text, str):
-            (signed[f"{source.files[0].name}:{position}"],) = tokenizer.encode_parts([(text, True, True)])
+            signed[f"{source.files[0].name}:{position}"], _ = tokenizer.encode_parts([text], [True], [True])
     (loader,) = loaders(data, 1)
     cut = 0
     for _ in range(20):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,9 +35,8 @@ def test_parts_begin_and_end_a_document_once(folder: Path, tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = load_tokenizer(tmp_path, bos=True)
     assert tokenizer.vocab_size == 401
-    first, middle, last = tokenizer.encode_parts(
-        [("a", True, False), ("b", False, False), ("c", False, True)]
-    )
+    ids, stops = tokenizer.encode_parts(["a", "b", "c"], [True, False, False], [False, False, True])
+    first, middle, last = np.split(ids, stops[:-1])
     assert first[0] == tokenizer.bos_id == 400
     assert last[-1] == tokenizer.eos_id
     assert len(middle) == 1

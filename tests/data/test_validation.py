@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,22 @@ from data.streaming import loaders, plain, replayed, rows_of, state_after
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.data import blocks
+from flame.batch import Row
+from flame.data import blocks, validation
 from flame.data.catalog import Catalog, fingerprint, fingerprint_difference, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
-from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.split import content_key, is_held_out
 from flame.data.tokens import load_tokenizer
-from flame.data.validation import validation_data, validation_rows
 from flame.errors import DataError, RecipeError
 
 FRACTION = 0.2
 Opened = tuple[Catalog, DataPlan]
+
+
+def validation_rows(catalog: Catalog, plan: DataPlan, tokens: int | None = None) -> Iterator[Row]:
+    """What `flame data preview --split validation` shows."""
+    return validation.rows_of(*validation.validation_data(catalog, plan, tokens))
 
 
 def opened(
@@ -128,12 +132,38 @@ def test_validation_rows_are_the_same_for_any_seed_lanes_ranks_and_place(
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes((written / name).read_bytes())
     assert plain(list(validation_rows(*opened(folder, SourceConfig("s", [f"{tmp_path}/*.jsonl"]))))) == first
-    assert plain(list(validation_rows(*data, tokens=300))) == first[:5]
-    catalog, plan = validation_data(*data)
-    ranks = [Loader(catalog, plan, rank, 4, 2, prefetch=False) for rank in range(4)]
-    steps = [rows_of([rank.next_step() for rank in ranks]) for _ in range(len(first))]
-    assert [row for step in steps for row in plain(step)] == first
-    assert all(len(row.tokens) == 64 for step in steps for row in step)
+    assert all(len(row.tokens) == 64 for row in validation_rows(*data))
+
+
+def test_the_first_tokens_are_taken_in_file_order_and_packed_once(
+    written: Path, folder: Path, cut_in_ranges: None
+) -> None:
+    data = opened(folder, SourceConfig("s", [f"{written}/*.jsonl"]))
+    whole = documents(validation_rows(*data))
+    in_order = sorted(whole, key=lambda key: (key[1].split(":")[0], int(key[1].split(":")[1].split("#")[0])))
+    for tokens in (300, 64, 10, 450):
+        rows = list(validation_rows(*data, tokens=tokens))
+        assert sum(int(row.lengths.sum()) for row in rows) == tokens
+        assert [int(row.lengths.sum()) for row in rows[:-1]] == [64] * (len(rows) - 1)
+        taken = documents(rows)
+        first = in_order[: len(taken)]
+        assert sorted(taken) == sorted(first)
+        assert all(taken[key] == whole[key] for key in first[:-1])
+        assert taken[first[-1]] == whole[first[-1]][: len(taken[first[-1]])]
+
+
+def test_a_set_larger_than_a_window_is_packed_in_several(
+    written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(folder, SourceConfig("s", [f"{written}/*.jsonl"]))
+    whole = documents(validation_rows(*data))
+    monkeypatch.setattr("flame.data.validation.WINDOW_TOKENS", 4 * 64)
+    rows = list(validation_rows(*data))
+    assert [row.index for row in rows] == list(range(len(rows)))
+    assert documents(rows) == whole
+    short = list(validation_rows(*data, tokens=450))
+    assert sum(int(row.lengths.sum()) for row in short) == 450
+    assert plain(short[:4]) == plain(rows[:4])
 
 
 def test_the_split_knows_no_names_order_or_source(written: Path, folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from flame.batch import COUNTED, IGNORED, StepRows
 from flame.data.catalog import fingerprint
-from flame.data.packing import Piece, pack_whole
+from flame.data.packing import LENGTH as TOKENS
+from flame.data.packing import PIECE, ROW, pack_whole
 from flame.errors import DataError
 
 OpenData = Callable[..., Opened]
@@ -59,12 +60,12 @@ def stream(open_data: OpenData) -> Callable[..., list[list[object]]]:
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 8))
 def test_the_first_documents_are_laid_out_uncut_until_none_has_room(lengths: list[int], rows: int) -> None:
-    pieces = [Piece(i, 0, length) for i, length in enumerate(lengths)]
-    packed, count = pack_whole(pieces, 50, rows)
-    assert sorted(piece for row in packed for piece in row) == pieces[:count]
-    rooms = [50 - sum(piece.length for piece in row) for row in packed]
-    assert len(packed) == rows and min(rooms) >= 0
-    assert count == len(pieces) or lengths[count] > max(rooms)
+    placed, count = pack_whole(np.array(lengths, dtype=np.int64), 50, rows)
+    assert sorted(placed[:, PIECE].tolist()) == list(range(count))
+    assert placed[:, TOKENS].tolist() == [lengths[i] for i in placed[:, PIECE]]
+    rooms = (50 - np.bincount(placed[:, ROW], placed[:, TOKENS], rows)).tolist()
+    assert len(rooms) == rows and min(rooms) >= 0
+    assert count == len(lengths) or lengths[count] > max(rooms)
 
 
 # -------------------------------------------------------------------------------- one stream

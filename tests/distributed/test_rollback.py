@@ -11,8 +11,8 @@ from distributed.poison import write_poisoned
 from distributed.ranks import metrics, train_on, wait_for_step
 
 from flame.cli import run as flame
-from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 from flame.train.rollback import FILE, read_skipped
 
 STEPS = 70
@@ -96,6 +96,25 @@ def test_preview_of_a_run_shows_what_it_trains(write_recipe, tmp_path: Path, cap
     left = shown("1:5", "--run", str(run), "--ranks", "2")
     assert [step["step"] for step in left] == [1, 2, 3, 4]
     assert [step["rows"] for step in left] == [whole[1], whole[4], whole[5], whole[6]]
+
+
+def test_a_branch_passes_over_what_its_trunk_skips(write_recipe, tmp_path: Path) -> None:
+    recipe, trunk = write_poisoned(write_recipe, "trunk", 10, {}), tmp_path / "trunk"
+    assert train_on(1, recipe).codes() == [0]
+    bad = {"rows": [108, 132], "data_steps": [9, 11], "steps": [10, 12], "why": "", "time": 0.0}
+    (trunk / FILE).write_text(json.dumps({"ranges": [bad]}))  # after the checkpoint of step 8
+    run = tmp_path / "run"
+    lines = f'start_from = "{trunk}@8"\nstart_from_parts = ["model", "data"]\n[model]'
+    replaced = {"[model]": lines, 'every = "4 steps"': 'every = "20 steps"'}
+    settings = "[recovery]\nskipped_updates = 0\nmax_rollbacks = 1\n"
+    branch = write_poisoned(write_recipe, "run", 16, {14: "nan"}, settings, replaced)
+    assert train_on(2, branch).codes() == [0, 0]
+    expected = stream(write_recipe, tmp_path, 26)
+    (gone_back,) = events(run, "rollback")  # step 13, before which the run itself has begun with step 9
+    assert gone_back["steps"] == [9, 14]
+    assert digests(run) == expected[15:23]
+    assert [r.inherited for r in read_skipped(run).ranges] == [True, False]
+    assert read_skipped(run).trained(range(8, 16)) == list(range(15, 23))
 
 
 def test_a_rollback_that_a_crash_cut_short_is_done_by_the_next_start(write_recipe, tmp_path: Path) -> None:

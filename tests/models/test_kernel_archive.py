@@ -15,7 +15,7 @@ from triton.compiler import compile as compile_kernel
 from flame.models import zoo  # noqa: F401 - fla first: it asks Triton's driver what it is
 from flame.models.kernel_archive import KernelError, keep_needed, pack, unpack
 from flame.models.kernel_choices import Choices, Key, Platform
-from flame.models.kernel_platform import check_kernels, refusal
+from flame.models.kernel_platform import check_kernels, gate_per_head_is_wrong, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION", "ignore::DeprecationWarning")
 H100 = Platform("NVIDIA H100 80GB HBM3", "9.0", "2.11.0+cu130", "3.6.0", "0.6.0")
@@ -133,6 +133,10 @@ def test_gated_deltanet_on_hopper_is_refused_where_triton_is_wrong(version: str)
     assert refusal("gated_deltanet", (9, 0), version, tilelang=True) is None
     assert refusal("gated_deltanet", (8, 0), version, tilelang=False) is None
     assert refusal("gla", (9, 0), version, tilelang=False) is None
+    # for Mamba2 tilelang has nothing, and GLA's kernels serve
+    assert refusal("mamba2", (9, 0), version, tilelang=False) is None
+    assert gate_per_head_is_wrong((9, 0), version)
+    assert not gate_per_head_is_wrong((8, 0), version)
 
 
 @pytest.mark.parametrize("version", ["3.3.1", "3.7.1", "3.9.0"])

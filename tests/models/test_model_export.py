@@ -1,13 +1,16 @@
 import json
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
 from models.small_models import SMALL, VOCABULARY, initialized
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from flame.errors import ModelError
-from flame.models.export import export, load_exported
+from flame.models.export import export, exported_step, load_exported
 from flame.models.zoo import quiet
 
 TOKENS = torch.arange(60)[None] % VOCABULARY
@@ -123,3 +126,68 @@ def test_a_folder_without_a_tokenizer_or_without_a_model_is_named(tmp_path, toke
         export(state, config, tmp_path / "empty", tmp_path / "e", torch.float32)
     with pytest.raises(ModelError, match="empty: no exported model"):
         load_exported(tmp_path / "empty")
+
+
+class Counting(Mapping):
+    """Tensors that are made when they are asked for, and counted while somebody holds them."""
+
+    def __init__(self, values):
+        self.values_, self.alive, self.most, self.asked = values, 0, 0, []
+
+    def __getitem__(self, name):
+        tensor = self.values_[name].clone()
+        size = tensor.nbytes
+        self.asked.append(name)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor.untyped_storage(), self._gone, size)
+        return tensor
+
+    def _gone(self, size):
+        self.alive -= size
+
+    def __iter__(self):
+        return iter(self.values_)
+
+    def __len__(self):
+        return len(self.values_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_a_file_and_a_tensor_are_held_at_a_time(tmp_path, tokenizer, dtype):
+    values = dict(initialized(SMALL["gla"]).state_dict())
+    whole, largest = sum(t.nbytes for t in values.values()), max(t.nbytes for t in values.values())
+    file_bytes = whole // 5
+    counting = Counting(values)
+    export(counting, SMALL["gla"], tokenizer, tmp_path / "e", dtype, file_bytes)
+    assert sorted(counting.asked) == sorted(values), "each is read once"
+    # converted, a tensor goes at once; unconverted, it stays until its file is written
+    assert counting.most <= (file_bytes + largest if dtype == torch.float32 else largest)
+    assert counting.alive == 0
+    files = sorted((tmp_path / "e").glob("*.safetensors"))
+    assert len(files) >= 3
+    written = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert all(torch.equal(written[name], values[name].to(dtype)) for name in values)
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path, tokenizer):
+    state = dict(initialized(SMALL["gla"]).state_dict())
+    export(state, SMALL["gla"], tokenizer, tmp_path / "e", torch.float16)
+    assert {p.dtype for p in load_exported(tmp_path / "e").parameters()} == {torch.float16}
+    state["lm_head.weight"] = state["lm_head.weight"] * 1e7
+    with pytest.raises(ModelError, match=r"lm_head\.weight: holds values too large for float16"):
+        export(state, SMALL["gla"], tokenizer, tmp_path / "e", torch.float16)
+
+
+def test_an_export_notes_its_step_and_takes_what_it_is_given(tmp_path, tokenizer):
+    config, state = SMALL["gla"], dict(initialized(SMALL["gla"]).state_dict())
+    (tmp_path / "own.jinja").write_text("mine")
+    (tmp_path / "generation.json").write_text('{"top_k": 3}')
+    given = {"generation_config": tmp_path / "generation.json", "chat_template": tmp_path / "own.jinja"}
+    export(state, config, tokenizer, tmp_path / "e", torch.float32, step=7, **given)
+    assert exported_step(tmp_path / "e") == 7
+    assert (tmp_path / "e" / "chat_template.jinja").read_text() == "mine"
+    assert json.loads((tmp_path / "e" / "generation_config.json").read_text()) == {"top_k": 3}
+    export(state, config, tokenizer, tmp_path / "e", torch.float32)
+    assert exported_step(tmp_path / "e") is None
+    assert exported_step(tokenizer) is None

@@ -1,14 +1,19 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from models.small_models import packed
+from transformers import AutoModelForCausalLM
 
+from flame import cli
+from flame.data.tokens import load_tokenizer
 from flame.errors import ModelError, RecipeError
 from flame.models.build import build_on_meta, initialize
-from flame.models.export import export, load_exported
-from flame.models.families.own import CHECKED_PARAMETERS
+from flame.models.export import export, exported_step, load_exported
+from flame.models.families.own import CHECKED_PARAMETERS, continued
+from flame.models.pretrained import folder_config
 from flame.models.registry import family_of, load_config
 from flame.recipe import read_recipe
 
@@ -161,3 +166,114 @@ def test_an_own_models_export_carries_its_code_and_loads_again(tmp_path, config)
     loaded = load_exported(tmp_path / "e")
     tokens, positions, cu_seqlens, _ = packed([[40]])
     assert torch.equal(loaded(tokens, positions, cu_seqlens), model(tokens, positions, cu_seqlens))
+
+
+def test_an_own_model_with_a_tie_and_buffers_comes_back_as_it_was(tmp_path):
+    text = """self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+    def init_weights(self, module):
+        if isinstance(module, Model):
+            module.steps.fill_(5)
+            module.table.fill_(2.0)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()"""
+    config = _config(_written(tmp_path, "x", "self.head = nn.Linear(width, vocabulary)", text))
+    model = build_on_meta(config)
+    initialize(model, config, 1, "cpu")
+    export(dict(model.state_dict()), config, Path("bytes"), tmp_path / "e", torch.bfloat16)
+    loaded = load_exported(tmp_path / "e")
+    assert loaded.head.weight is loaded.embedding.weight
+    assert torch.equal(loaded.head.weight, model.head.weight.bfloat16())
+    assert (loaded.steps.tolist(), loaded.steps.dtype) == ([5, 5, 5], torch.int64)
+    assert loaded.table.tolist() == [2.0, 2.0, 2.0]
+
+
+HUGGINGFACE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+class Config(PreTrainedConfig):
+    model_type = "mine"
+
+    def __init__(self, vocab_size=61, width=16, **kwargs):
+        super().__init__(**kwargs)
+        self.vocab_size, self.width = vocab_size, width
+
+class Model(PreTrainedModel):
+    config_class = Config
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.mix = nn.Linear(config.width, config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.3)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden_states(self, input_ids, position_ids=None, cu_seqlens=None):
+        return torch.tanh(self.mix(self.embedding(input_ids)))
+
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutput(logits=self.head(self.hidden_states(input_ids)))
+"""
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_own_pretrained_model_is_exported_for_the_auto_classes(tmp_path, monkeypatch, tie):
+    (tmp_path / "mine.py").write_text(HUGGINGFACE)
+    (tmp_path / "mine.json").write_text(json.dumps({"width": 24, "tie_word_embeddings": tie}))
+    config = _config(tmp_path / "mine.py", tmp_path / "mine.json")
+    assert (family_of(config).name, config.vocab_size) == ("own", 61)
+    model = build_on_meta(config)
+    initialize(model, config, 1, "cpu")
+    assert (model.head.weight is model.embedding.weight) == tie
+    assert float(model.mix.weight.detach().std()) == pytest.approx(0.3, rel=0.1)
+    export(dict(model.state_dict()), config, Path("bytes"), tmp_path / "e", torch.float32, step=3)
+    tokens = torch.arange(20)[None]
+    expected = model(tokens).logits
+    assert torch.equal(load_exported(tmp_path / "e")(tokens).logits, expected)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "e", trust_remote_code=True)
+    assert type(loaded).__name__ == "Model"
+    assert torch.equal(loaded(tokens).logits, expected)
+    assert exported_step(tmp_path / "e") == 3
+    again = folder_config(tmp_path / "e")
+    assert again.to_dict()["arguments"] == {"width": 24, "tie_word_embeddings": tie}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "file"])
+def test_an_own_models_export_generates(tmp_path, text_folder, config, capsys, tokenizer):
+    (tmp_path / "large.json").write_text('{"vocabulary": 384, "width": 32, "depth": 1}')
+    config = _config(EXAMPLE, tmp_path / "large.json")
+    model = build_on_meta(config)
+    initialize(model, config, 1, "cpu")
+    given = Path("bytes") if tokenizer == "bytes" else text_folder / "tokenizer"
+    export(dict(model.state_dict()), config, given, tmp_path / "e", torch.float32)
+    said = []
+    for options in ([], [], ["--temperature", "1"], ["--temperature", "1", "--seed", "5"]):
+        assert cli.run(["generate", str(tmp_path / "e"), "-p", "def f", "--tokens", "12", *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert all(text.startswith("def f") for text in said)
+    assert said[0] == said[1]
+    assert len({*said[1:]}) == 3
+    ids = load_tokenizer(given, False).encode(["def f"])[0][:-1]
+    _tokens, positions, cu_seqlens, _ = packed([[len(ids)]])
+    likeliest = model.head(model(torch.from_numpy(ids).long()[None], positions, cu_seqlens))[0, -1].argmax()
+    assert int(continued(model, torch.from_numpy(ids).long(), 1, 0.0, 0, -1)[-1]) == int(likeliest)

@@ -15,6 +15,7 @@ from flame.models import cpu_attention as attention
 from flame.models import cpu_delta as delta
 from flame.models import cpu_linear as linear
 from flame.models import cpu_modules as modules
+from flame.models.families import mamba2
 from flame.models.recurrence_delta import diagonal_plus_low_rank
 from flame.models.zoo import fla_module
 
@@ -300,8 +301,10 @@ def test_norms_are_flas_own_references():
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("name", ["mamba2", "mamba2-groups"])
-def test_mamba2_over_documents_is_flas_own_forward_of_each(name):
+def test_mamba2_over_documents_is_flas_own_forward_of_each(name, spread, monkeypatch):
+    monkeypatch.setattr(mamba2, "spread_decay", lambda device: spread)
     config = SMALL[name]
     layer = initialized(config).backbone.layers[0].mixer
     torch.manual_seed(9)

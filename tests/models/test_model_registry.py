@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.small_models import SMALL
+from torch import nn
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -13,6 +14,7 @@ from transformers import (
     StableLmConfig,
     T5Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from flame.errors import ModelError
 from flame.models.build import build_on_meta
@@ -84,6 +86,14 @@ def test_norms_and_biases_do_not_decay_and_matrices_do(name):
     last = {key: key.rpartition(".")[2] for key in names}
     assert {key for key in names if "norm" in key or ".ln_" in key or last[key] in UNDECAYED} == still
     assert any("embed" in key or "wte" in key for key in names - still)
+
+
+def test_an_infinite_number_is_read_as_transformers_writes_it(tmp_path):
+    config = SMALL["mamba2"]
+    assert config.dt_limit == (0.0, float("inf"))
+    for use_diff in (True, False):
+        (tmp_path / "config.json").write_text(config.to_json_string(use_diff=use_diff))
+        assert tuple(load_config(str(tmp_path)).dt_limit) == config.dt_limit
 
 
 def test_a_directory_and_a_file_give_the_same_config(tmp_path):
@@ -189,3 +199,22 @@ def test_a_model_of_flas_that_is_not_trained_is_refused_with_what_to_use():
 
 def test_family_names_are_unique():
     assert len({t for family in families() for t in family.model_types}) == len(families())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_muon_gets_the_linear_weights_of_blocks_and_nothing_else(name):
+    config = SMALL[name]
+    model, family = build_on_meta(config), family_of(config)
+    parameters, found = dict(model.named_parameters()), family.matrices(model)
+    blocks = dict(family.blocks(model))
+    linear = {
+        f"{at}.{inner}.weight"
+        for at, block in blocks.items()
+        for inner, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and min(module.weight.shape) > 1
+    }
+    assert found == linear
+    assert all(parameters[n].ndim == 2 and n.startswith(tuple(blocks)) for n in found)
+    assert not found & (family.no_weight_decay(model) | family.embeddings(model))
+    assert f"{family.embedding_name}.weight" in family.embeddings(model)
+    assert f"{family.head_name}.weight" not in found

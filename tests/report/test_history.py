@@ -98,3 +98,28 @@ def test_status_says_where_the_time_went(interrupted: Path, capsys: pytest.Captu
     assert "starting 17.6 %" in line
     assert "recovery 13.2 %" in line
     assert "recomputed 7.7 %" in line
+
+
+def test_validations_are_time_of_their_own(new_run: New) -> None:
+    """Steps of a second from 2 on, and three seconds of validation after the second and the last."""
+    run = new_run("validated")
+    for step in range(1, 5):
+        run.step(step)
+    run.event(0, "start", step=0)
+    for after, step in ((7, 2), (12, 4)):
+        run.event(after, "validation", step=step, seconds=3.0)
+    run.saved(12.75, 4)
+    run.event(13, "done", step=4)
+    timeline = timeline_of(attempts_of(read_history(run.path)))
+    found = {kind: timeline.total(kind) for kind in ("starting", "training", "validating", "saving")}
+    assert found == pytest.approx({"starting": 2, "training": 4, "validating": 6, "saving": 1})
+    spans = [(span.kind, span.begin) for span in timeline.spans]
+    assert spans == [
+        ("starting", 0),
+        ("training", pytest.approx(2)),
+        ("validating", pytest.approx(4)),
+        ("training", pytest.approx(7)),
+        ("validating", pytest.approx(9)),
+        ("saving", pytest.approx(12)),
+    ]
+    assert timeline.goodput == pytest.approx(4 / 13)

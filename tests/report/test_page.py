@@ -14,8 +14,9 @@ from flame import cli
 from flame.commands.report import report
 from flame.errors import Exit, FlameError
 from flame.report.attempts import Mark
-from flame.report.page import big, duration
+from flame.report.pieces import big, duration
 from flame.report.plots import LABEL_ROWS, place_labels
+from flame.train.journal import append_line
 
 New = Callable[[str], RunWriter]
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -168,3 +169,52 @@ def test_quantities_are_written_as_people_read_them() -> None:
     written = [duration(s) for s in (0.021, 34.2, 125, 12_000, 187_200)]
     assert written == ["0.02 s", "34 s", "2 min 05 s", "3 h 20 min", "2 d 04 h"]
     assert [big(n) for n in (512, 184_320, 20_971_520_000)] == ["512", "184 k", "21.0 B"]
+
+
+def validated(run: RunWriter, after: float, step: int, loss: float | None, **more: object) -> None:
+    """A validation of a second and a half."""
+    figures = {"loss": loss, "bits_per_byte": 1.25, "predicted": 1000, "bytes": 4200, "documents": 7}
+    sources = {name: {**figures, "loss": 4.5} for name in ("web", "<code>")}
+    run.event(after, "validation", step=step, seconds=1.5, **figures, sources=sources, **more)
+
+
+def test_validations_are_drawn_and_told_by_source(new_run: New) -> None:
+    run = new_run("validated")
+    run.event(0, "start", step=0)
+    for step in range(1, 5):
+        run.step(step)
+    validated(run, 4.5, 2, 5.0)
+    validated(run, 6, 4, 4.0)
+    run.event(6.5, "resume", step=2)  # what was measured after step 4 is lost
+    validated(run, 9, 3, 4.75)
+    validated(run, 10, 4, 4.9, hook={"<accuracy>": 0.5})
+    _, reader = read(run.path)
+    assert "With dots: on the held out documents." in " ".join(reader.words)
+    caption = next(
+        word for word in reader.words if word.startswith("3 validations; the last one after step 4.")
+    )
+    assert "The lowest loss, 4.7500, was after step 3." in caption
+    row = reader.words.index("all")
+    assert reader.words[row : row + 6] == ["all", "4.9000", "1.2500", "1,000", "4,200", "7"]
+    assert "<code>" in reader.words and "The hook: <accuracy> 0.5" in reader.words
+    assert "4 validations, each in 1.50 s" in " ".join(reader.words)
+
+
+def test_samples_are_shown_over_the_run(new_run: New) -> None:
+    run = new_run("samples")
+    run.step(1)
+    for step in range(0, 100, 10):
+        append_line(run.path / "samples.jsonl", {"step": step, "prompt": "<a>", "text": f"text {step}"})
+    _, reader = read(run.path)
+    shown = [word for word in reader.words if word.startswith("text ")]
+    assert shown == ["text 0", "text 20", "text 40", "text 50", "text 70", "text 90"]
+    assert reader.words.count("<a>") == 1
+
+
+def test_status_shows_the_last_validation(new_run: New, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run("status")
+    run.step(1)
+    validated(run, 1, 1, None)
+    assert cli.run(["status", str(run.path)]) == 0
+    said = capsys.readouterr().out
+    assert "validation   step 1: loss none, 1.2500 bits per byte, web 4.5000, <code> 4.5000" in said

@@ -25,11 +25,11 @@ from flame.train.checkpoint import (
     Records,
     load_tensors,
     problems,
-    read_model_tensors,
     tensors_of,
 )
 from flame.train.journal import read_lines
 from flame.train.keeping import prune, read_record, remove_leftovers, saved_steps, step_directory
+from flame.train.saved_tensors import SavedTensors
 from flame.train.shards import Shards
 
 RECORDS = Records(train={"step": 3, "tokens": 2**40}, data={"lanes": [[1, -2]]})
@@ -114,9 +114,14 @@ def test_tensors_come_back_equal_on_any_number_of_ranks(saved: Path, tmp_path: P
     assert Ranks(3, load_and_save_again, tmp_path, 3, 6).codes() == [0, 0, 0]
     assert Ranks(1, load_and_save_again, tmp_path, 6, 9).codes() == [0]
     expected = torch.load(tmp_path / "expected.pt")
-    alone = read_model_tensors(step_directory(tmp_path, 9))
+    alone = dict(SavedTensors(step_directory(tmp_path, 9)))
     assert {f"model.{name}" for name in alone} == {k for k in expected if k.startswith("model.")}
     assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in alone.items())
+    one_by_one = SavedTensors(step_directory(tmp_path, 6))
+    assert {name: one_by_one.shape(name) for name in one_by_one} == {
+        n: tuple(t.shape) for n, t in alone.items()
+    }
+    assert all(torch.equal(one_by_one[name], tensor) for name, tensor in alone.items())
 
 
 def test_a_checkpoint_holds_what_its_manifest_lists_and_its_records(saved: Path, tmp_path: Path) -> None:
@@ -196,11 +201,11 @@ def test_a_crash_before_the_manifest_leaves_the_checkpoint_before_it(saved: Path
 
 
 def test_a_step_that_is_saved_again_takes_the_place_of_the_old(saved: Path, tmp_path: Path) -> None:
-    old = read_model_tensors(saved)
+    old = dict(SavedTensors(saved))
     assert Ranks(3, save, tmp_path, 2, 3).codes() == [0, 0, 0]
     assert names(tmp_path / "checkpoints") == [saved.name]
     assert list(problems(saved)) == []
-    new = read_model_tensors(saved)
+    new = dict(SavedTensors(saved))
     assert all(not torch.equal(old[name], new[name]) for name in old if name.endswith("weight"))
 
 

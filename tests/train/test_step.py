@@ -16,8 +16,9 @@ from flame.parallel.fsdp import shard
 from flame.parallel.mesh import data_mesh, resolve_layout
 from flame.parallel.world import join_world
 from flame.train.config import OptimizerConfig
+from flame.train.groups import group_parameters
 from flame.train.loss import LossModule
-from flame.train.optimizer import build_optimizer, set_learning_rate
+from flame.train.optimizer import Optimizers, build_optimizer, set_learning_rate
 from flame.train.shards import Shards, WholeModel
 from flame.train.step import train_step
 
@@ -57,11 +58,21 @@ def guest() -> Tiny:
     return Tiny()
 
 
+def shapes_of(shards: Shards) -> dict[str, tuple[int, ...]]:
+    return {piece.name: tuple(piece.parameter.shape) for piece in shards.pieces}
+
+
+def adamw_of(shards: Shards) -> Optimizers:
+    config = OptimizerConfig()
+    groups = group_parameters(config, shapes_of(shards), undecayed={"block.bias"})
+    return build_optimizer(shards, config, groups, fused=False)
+
+
 def plain_step(batches: list[Batch], clip_norm: float) -> tuple[float, list[torch.Tensor]]:
     """The same in plain torch on one process."""
     model = guest()
     module = LossModule(model, hidden, model.head)
-    optimizer = build_optimizer(shards := Shards(model), OptimizerConfig(), {"block.bias"}, fused=False)
+    optimizer = adamw_of(shards := Shards(model))
     total = sum((module(b) for b in batches), torch.zeros(()))
     (total / predicted(batches)).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
@@ -81,7 +92,7 @@ def sharded_step(replicate: int, clip_norm: float) -> int:
     layout = resolve_layout(ParallelConfig(replicate, -1), world.size)
     shard(module, [model.block], data_mesh(layout, "cpu"), torch.float32)
     shards = Shards(model)
-    optimizer = build_optimizer(shards, OptimizerConfig(), {"block.bias"}, fused=False)
+    optimizer = adamw_of(shards)
     result = train_step(
         module,
         shards,
@@ -114,7 +125,7 @@ def poisoned_step() -> int:
     module = LossModule(model, hidden, model.head)
     shard(module, [model.block], data_mesh(resolve_layout(ParallelConfig(), 2), "cpu"), torch.float32)
     shards = Shards(model)
-    optimizer = build_optimizer(shards, OptimizerConfig(), set(), fused=False)
+    optimizer = adamw_of(shards)
     set_learning_rate(optimizer, 0.1)
     if world.rank == 1:
         with torch.no_grad():
@@ -146,7 +157,7 @@ def test_one_rank_alone_trains_float32_parameters_and_computes_with_copies(compu
     model = guest()
     module = LossModule(model, hidden, model.head)
     shards = WholeModel(model, compute)
-    optimizer = build_optimizer(shards, OptimizerConfig(), {"block.bias"}, fused=False)
+    optimizer = adamw_of(shards)
     result = train_step(module, shards, optimizer, batches, predicted=count, clip_norm=0.05, seed=(0, 1))
     exact = compute == torch.float32
     torch.testing.assert_close(result.grad_norm.item(), norm, rtol=1e-5 if exact else 2e-2, atol=0)

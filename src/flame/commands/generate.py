@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,35 +9,28 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from flame.commands.export import export_run
+from flame.commands.export import exported
+from flame.data.config import BYTES
+from flame.data.tokens import load_tokenizer
 from flame.errors import Exit, ModelError
 from flame.models.export import load_exported
-from flame.recipe import FILE
+from flame.models.families.own import OWN_FILE, continued
 
 
 def generate(model: str, prompt: str, tokens: int, temperature: float, seed: int) -> Exit:
     """Prints the prompt and its continuation."""
-    path = Path(model)
-    if (path / FILE).exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            export_run(path, None, Path(scratch) / "model", "float32")
-            text = continuation(Path(scratch) / "model", prompt, tokens, temperature, seed)
-    elif (path / "config.json").exists():
-        text = continuation(path, prompt, tokens, temperature, seed)
-    else:
-        raise ModelError(f"{path}: neither a run directory nor an exported model")
-    print(text)
+    with exported(Path(model)) as folder:
+        print(continuation(folder, prompt, tokens, temperature, seed))
     return Exit.DONE
 
 
 def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and up to `tokens` tokens more, by transformers' own `generate`."""
     disable_progress_bar()  # transformers draws one for every load
-    model = cast("Any", load_exported(path))
-    if not hasattr(model, "generate"):
-        raise ModelError(f"{path}: a model of your own: flame generate writes with transformers' models only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    model = cast("Any", load_exported(path)).to(device).eval()
+    if (path / OWN_FILE).is_file():
+        return own_continuation(path, model, prompt, tokens, temperature, seed)
     make: Any = AutoTokenizer.from_pretrained
     tokenizer = make(str(path))
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
@@ -56,3 +48,19 @@ def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed:
             pad_token_id=tokenizer.eos_token_id,
         )
     return cast("str", tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def own_continuation(
+    path: Path, model: torch.nn.Module, prompt: str, tokens: int, temperature: float, seed: int
+) -> str:
+    """The same for a model of one's own, which has no cache, by the tokenizer that it was trained with."""
+    found = sorted(path.glob("*.tiktoken"))
+    file = path if (path / "tokenizer.json").is_file() else found[0] if found else BYTES
+    tokenizer = load_tokenizer(file, bos=False)
+    ids = torch.from_numpy(tokenizer.encode([prompt])[0][:-1]).long()  # without EOS
+    if len(ids) == 0:
+        raise ModelError("the prompt has no tokens: give a text of at least one character")
+    device = next(model.parameters()).device
+    return tokenizer.decode(
+        continued(model, ids.to(device), tokens, temperature, seed, tokenizer.eos_id).tolist()
+    )

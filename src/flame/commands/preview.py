@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flame.batch import Row
-from flame.data.catalog import open_catalog
+from flame.data.catalog import Catalog, open_catalog
+from flame.data.plan import DataPlan
 from flame.data.preview import preview as read_rows
 from flame.data.tokens import Tokenizer
-from flame.data.validation import row_limit, validation_data
+from flame.data.validation import open_validation, rows_of
 from flame.errors import Exit, RecipeError
-from flame.recipe import read_recipe
+from flame.recipe import Recipe, read_recipe
 from flame.train.rollback import Skipped, read_skipped
 
 SHOWN_CHARACTERS = 60  # of each segment's text, in tables
@@ -38,23 +39,38 @@ def preview(
         raise RecipeError(f"--ranks: found {ranks}, expected at least 1")
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     tokenizer = catalog.load_tokenizer()
-    most = None
-    if split == "validation":
-        catalog, plan = validation_data(catalog, plan)
-        most = row_limit(plan, recipe.validation.tokens)
-    data_steps = (Skipped() if run is None else read_skipped(Path(run))).trained(wanted)
-    span = range(data_steps[0], data_steps[-1] + 1)
-    shown = dict(zip(data_steps, wanted, strict=True))
-    for data_step, all_rows in zip(span, read_rows(catalog, plan, span, ranks), strict=True):
-        step = shown.get(data_step)
-        if step is None:
-            continue
-        rows = [row for row in all_rows if most is None or row.index < most]
+    if split == "validation":  # one rank reads the set for all
+        found = held_out_rows(recipe, catalog, plan, wanted)
+    else:
+        skipped = Skipped() if run is None else read_skipped(Path(run))
+        found = trained_rows(catalog, plan, wanted, ranks, skipped)
+    for step, rows in zip(wanted, found, strict=True):
         if as_json:
             print(json.dumps(step_as_json(step, rows)), flush=True)
         else:
             show_step(step, rows, tokenizer)
     return Exit.DONE
+
+
+def trained_rows(
+    catalog: Catalog, plan: DataPlan, steps: range, ranks: int, skipped: Skipped
+) -> Iterator[list[Row]]:
+    """The rows of some trained steps, of a run that passes over `skipped`."""
+    data_steps = skipped.trained(steps)
+    span = range(data_steps[0], data_steps[-1] + 1)
+    shown = set(data_steps)
+    for data_step, rows in zip(span, read_rows(catalog, plan, span, ranks), strict=True):
+        if data_step in shown:
+            yield rows
+
+
+def held_out_rows(recipe: Recipe, catalog: Catalog, plan: DataPlan, steps: range) -> Iterator[list[Row]]:
+    """The validation rows, as many at a time as a training step has; none where there are no more."""
+    opened = open_validation(recipe.validation, recipe.data, recipe.tokenizer, catalog, plan, Path())
+    size = plan.stages[0].rows_per_step
+    rows = islice(rows_of(*opened), steps.start * size, steps.stop * size)
+    for _ in steps:
+        yield list(islice(rows, size))
 
 
 def parse_steps(text: str) -> range:

@@ -10,10 +10,10 @@ from typing import Any
 from flame.errors import Exit
 from flame.recipe import run_recipe
 from flame.report.attempts import attempts_of
-from flame.report.history import read_history
+from flame.report.history import read_history, validations
 from flame.report.timeline import timeline_of
-from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 
 NAMES = {"lost": "recomputed", "data": "waiting for data (in the steps)"}
 QUIET_SECONDS = 120  # without a new line in metrics.jsonl, after which a run counts as not running
@@ -41,6 +41,8 @@ def status(run: str) -> Exit:
         if last["records_skipped"] or last["updates_skipped"]:
             print(f"  skipped      {last['records_skipped']} records, {last['updates_skipped']} updates")
         print(f"  goodput      {goodput(path)}")
+    if validated := validations(events):
+        print(f"  validation   {in_a_line(validated[-1])}")
     steps = saved_steps(path)
     print(f"  checkpoints  {', '.join(f'step {s}' for s in steps) if steps else 'none yet'}")
     counts: dict[str, int] = {}
@@ -58,11 +60,26 @@ def goodput(run: Path) -> str:
     if up <= 0:
         return "not known yet"
     waits = [step.data_seconds for step in history.steps if not math.isnan(step.data_seconds)]
-    shares = {kind: timeline.total(kind) / up for kind in ("starting", "saving", "recovery", "lost")}
+    shares = {
+        kind: timeline.total(kind) / up for kind in ("starting", "saving", "validating", "recovery", "lost")
+    }
     if waits:
         shares["data"] = sum(waits) / len(waits) * history.steps[-1].step / up
     listed = ", ".join(f"{NAMES.get(kind, kind)} {100 * share:.1f} %" for kind, share in shares.items())
     return f"{100 * timeline.goodput:.1f} % of {up:,.0f} s; {listed}"
+
+
+def in_a_line(validation: dict[str, Any]) -> str:
+    """The last validation: in all, and the loss of each source where there are several."""
+    figures = [f"loss {number(validation['loss'])}", f"{number(validation['bits_per_byte'])} bits per byte"]
+    sources = validation["sources"]
+    each = [f"{name} {number(source['loss'])}" for name, source in sources.items() if len(sources) > 1]
+    return f"step {validation['step']}: {', '.join([*figures, *each])}"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or that there is none."""
+    return "none" if value is None else f"{value:.4f}"
 
 
 def described(source: dict[str, int]) -> str:

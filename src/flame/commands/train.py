@@ -74,12 +74,15 @@ def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     import torch
 
     from flame.train import recovery
-    from flame.train.checkpoint import saved_steps
+    from flame.train.keeping import saved_steps
 
-    done = max(saved_steps(recipe.directory), default=0)
-    total = recipe.total_steps
-    if total is not None and done >= total:
-        print(f"{recipe.directory} is finished: step {done} of {total}")
+    saved, total = saved_steps(recipe.directory), recipe.total_steps
+    if saved and total is not None and saved[-1] >= total:
+        print(f"{recipe.directory} is finished: step {saved[-1]} of {total}")
+        if recipe.export.at_end:
+            from flame.exports import export_finished  # imports the models, which takes seconds
+
+            export_finished(recipe, saved[-1])
         return Exit.DONE
     ranks = ranks or (torch.cuda.device_count() if with_gpu else 1) or 1
     check_ranks(recipe, ranks)

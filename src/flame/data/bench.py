@@ -18,7 +18,7 @@ from flame.data.catalog import Catalog, fingerprint
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
-from flame.data.tokens import Part, Tokenizer
+from flame.data.tokens import Tokenizer
 from flame.errors import DataError
 
 KEPT_STATES = 64  # of the steps measured, one of which is resumed from
@@ -43,7 +43,7 @@ class BenchResult:
     resume_seconds: float  # to the first row at a random later step
     resumed_step: int
     state_bytes: int  # of one step's state in data.json, all lanes, without the fingerprint
-    state_microseconds: float  # of the processor, to take it, a step
+    state_microseconds: float  # of the processor, a step, with a step's share of what each window costs
     memory_mib: float  # most that the process held
     only_text: bool  # whether no source holds token ids
 
@@ -56,11 +56,13 @@ class Recorder:
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
-        self.calls: list[Sequence[Part]] = []
+        self.calls: list[Sequence[str]] = []
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        self.calls.append(parts)
-        return self._inner.encode_parts(parts)
+    def encode_parts(
+        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.calls.append(texts)
+        return self._inner.encode_parts(texts, begins, ends)
 
 
 def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> BenchResult:
@@ -78,6 +80,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
     recorder.calls.clear()  # the short windows at the start of a run say little of its speed
     tokens = padding = steps = raw_tokens = 0
     loader_seconds = raw_seconds = cpu = raw_cpu = 0.0
+    state_seconds = loader.state_seconds
     kept: list[tuple[StepRows, StepRows]] = []  # a step and the one after it
     chosen = random.Random(plan.seed)
     while not steps or loader_seconds + raw_seconds < seconds:
@@ -92,7 +95,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
             if len(kept) > KEPT_STATES:
                 kept.pop(chosen.randrange(KEPT_STATES))
         wall, processor = time.perf_counter(), time.process_time()
-        raw_tokens += sum(tokenizer.count_alone(parts) for parts in recorder.calls)
+        raw_tokens += sum(tokenizer.count_alone(texts) for texts in recorder.calls)
         raw_seconds += time.perf_counter() - wall
         raw_cpu += time.process_time() - processor
         recorder.calls.clear()
@@ -116,7 +119,7 @@ def bench(catalog: Catalog, plan: DataPlan, ranks: int, seconds: float) -> Bench
         resume_seconds=_resume(catalog, plan, ranks, state, after),
         resumed_step=state.next_step,
         state_bytes=len(json.dumps({**state.to_json(), "fingerprint": None})),
-        state_microseconds=1e6 * loader.state_seconds / (got.step + 1),
+        state_microseconds=1e6 * (loader.state_seconds - state_seconds) / steps,
         memory_mib=memory,
         only_text=only_text,
     )

@@ -21,8 +21,8 @@ from flame.data.records import SEPARATOR, Shape
 from flame.data.sample import sample_texts
 from flame.data.shapes import shape_of
 from flame.data.sources import Source, open_source
-from flame.data.streams import SourceReader
 from flame.data.tokens import Tokenizer, check_backend, load_tokenizer
+from flame.data.walk import SourceReader
 from flame.errors import DataError, RecipeError
 
 FORMAT_VERSION = 2  # of the order of the rows: another version is another stream

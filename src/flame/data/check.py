@@ -205,15 +205,13 @@ class Scanner:
         """The tokens of each text: int64 [texts]."""
         if not texts:
             return np.zeros(0, dtype=np.int64)
-        parts: list[tuple[str, bool, bool]] = []
-        firsts: list[int] = []
-        for text in texts:
-            firsts.append(len(parts))
-            pieces = list(split_text(text))
-            last = len(pieces) - 1
-            parts += [(piece, i == 0, i == last) for i, piece in enumerate(pieces)]
-        counts = np.array([len(ids) for ids in self._tokenizer.encode_parts(parts)], dtype=np.int64)
-        return np.add.reduceat(counts, np.array(firsts))
+        split = [split_text(text) for text in texts]
+        parts = [part for parts in split for part in parts]
+        stops = np.cumsum([len(parts) for parts in split])
+        begins, ends = np.zeros((2, len(parts)), dtype=bool)
+        begins[[0, *stops[:-1]]] = ends[stops - 1] = True
+        _, found = self._tokenizer.encode_parts(parts, begins.tolist(), ends.tolist())
+        return np.diff(found[stops - 1], prepend=0)
 
 
 # ---------------------------------------------------------------------------------- duplicates

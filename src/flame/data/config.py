@@ -134,11 +134,39 @@ class ValidationConfig:
         help="of the documents of all sources that is never trained, chosen by a hash of what they say",
         identity=True,
     )
-    tokens: int | None = setting(
-        None,
-        help="most that is read of what is held out; left out: all of it",
+    sources: list[SourceConfig] = setting(
+        [],
+        help="[[validation.sources]] tables, in place of a fraction: documents that no source trains",
+        identity=False,
+    )
+    tokens: int = setting(
+        1_000_000,
+        help="most that is read of what is held out, from its beginning",
         identity=False,
         parse=parse_count,
+    )
+    every: Duration | None = setting(
+        None,
+        help="between validations; there is always one at the end of the run; left out: there is none",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    at_start: bool = setting(
+        False, help="validate before the first step too, which then waits for it", identity=False
+    )
+    hook: str | None = setting(
+        None,
+        help='"file.py:function", called at each validation; the numbers that it returns are kept with it',
+        identity=False,
+    )
+    prompts: list[str] = setting(
+        [],
+        help="texts that the model continues at each validation, into RUN/samples.jsonl",
+        identity=False,
+        parse=parse_strings,
+    )
+    prompt_tokens: int = setting(
+        64, help="tokens of such a continuation, the likeliest one after another", identity=False
     )
 
 

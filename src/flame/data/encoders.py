@@ -10,6 +10,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -62,10 +63,10 @@ class Tokenizers:
         self._inner = inner
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = array("i")
+        ids = array("I")  # which takes numbers in half the time that "i" does
         ends = np.empty(len(texts), dtype=np.int64)
         for i, encoding in enumerate(self._encodings(texts)):
-            ids += array("i", encoding.ids)
+            ids += array("I", encoding.ids)
             ends[i] = len(ids)
         return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32), ends
 
@@ -119,6 +120,14 @@ class Tiktoken:
         found = [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         ends = np.cumsum([len(ids) for ids in found], dtype=np.int64)
         return np.concatenate([np.zeros(0, dtype=np.int32), *found]).astype(np.int32), ends
+
+    def text_bytes(self) -> Iterator[tuple[int, int]]:
+        """Each id that stands for text, with the bytes of this."""
+        special = {self._encoding.encode_single_token(text) for text in self._encoding.special_tokens_set}
+        for token in range(self._encoding.max_token_value + 1):
+            if token not in special:
+                with suppress(KeyError):  # an id that no token has
+                    yield token, len(self._encoding.decode_single_token_bytes(token))
 
     def count(self, texts: Sequence[str]) -> int:
         return sum(len(self._encoding.encode_to_numpy(text, disallowed_special=())) for text in texts)

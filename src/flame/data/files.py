@@ -86,7 +86,8 @@ class Files:
     def __getitem__(self, file: int) -> View:
         view = self._open.get(file)
         if view is not None:
-            self._open.move_to_end(file)
+            if len(self._open) > 1:
+                self._open.move_to_end(file)
             return view
         if len(self._open) >= OPEN_FILES:
             self._open.popitem(last=False)[1].close()

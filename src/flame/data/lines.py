@@ -85,9 +85,10 @@ class JsonLines(Text):
         start, stop = view.place(start, stop)
         if start == stop:
             return []
-        lines = self._lines(file, view, start, stop)
-        lost = [(at, Bad(reason)) for at, reason in view.corrupt(start, stop)]
-        return sorted([*lines, *lost], key=lambda record: record[0]) if lost else lines
+        lines, lost = self._lines(file, view, start, stop), view.corrupt(start, stop)
+        if not lost:
+            return lines
+        return sorted([*lines, *((at, Bad(reason)) for at, reason in lost)], key=lambda record: record[0])
 
     def _lines(self, file: int, view: View, start: int, stop: int) -> list[Record]:
         """The lines that begin in a range, blank ones left out."""
@@ -110,6 +111,8 @@ class JsonLines(Text):
             if len(more) < size:
                 break
             size *= 2
+        if content.find(b"\n") == len(content) - 1:  # one line: nearly always where a block is a document
+            return [] if content.isspace() else [(start, content)]
         *whole, last = content.split(b"\n")  # bytes.splitlines would also end a line at a carriage return
         found: list[Record] = []
         for line in whole:
@@ -124,7 +127,7 @@ class JsonLines(Text):
         record = parse_json(content or b"")
         if not isinstance(record, dict):
             return record if isinstance(record, Bad) else Bad("not a JSON object")
-        fields = cast("dict[str, Any]", record)
+        fields: dict[str, Any] = record
         text: Any = fields.get(self._field)
         if isinstance(text, str):
             return text or Bad("empty text")

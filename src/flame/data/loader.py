@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -15,13 +14,15 @@ import torch
 
 from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
 from flame.data.catalog import Catalog, open_readers
-from flame.data.lanes import Lane
+from flame.data.hashes import digest
+from flame.data.lanes import Lane, tokenize_windows
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
 
+CALL_TOKENS = 2**19  # of several lanes, tokenized in one call
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
 
 
@@ -70,6 +71,7 @@ class Loader:
         readers = open_readers(catalog, plan)
         current = plan.stage_number(plan.window_at(self._first_step)[0])
         wanted = {place % plan.lanes for share in self._shares[current:] for place in share.places}
+        self._tokenizer = tokenizer
         self._lanes = {
             lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
             for lane in sorted(wanted)
@@ -154,20 +156,10 @@ class Loader:
         plan, next_step = self._plan, self._first_step
         while True:
             index, start = plan.window_at(next_step)
+            windows = self._windows(index, next_step)
+            if windows is None:
+                return
             share = self._shares[plan.stage_number(index)]
-            needed = {place % plan.lanes for place in share.places}
-            windows: dict[int, Window] = {}
-            for number, lane in self._lanes.items():
-                if self._closed.is_set():
-                    return
-                if lane.window_index != index:
-                    raise DataError(
-                        f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
-                        f"is in window {lane.window_index}; resume from another checkpoint"
-                    )
-                window = lane.next_window()
-                if number in needed:  # else in another stage
-                    windows[number] = window
             begun = time.thread_time()
             owned = {lane: windows[lane] for lane in self._owned}
             states = WindowStates(owned, plan.lanes, len(self.columns))
@@ -176,6 +168,26 @@ class Loader:
             for step in range(next_step, end):
                 yield self._assemble(share, step, step - start, windows, states)
             next_step = end
+
+    def _windows(self, index: int, next_step: int) -> dict[int, Window] | None:
+        """The next window, by number, of all lanes that the current stage takes rows of; None when closed."""
+        plan, lanes = self._plan, list(self._lanes.items())
+        for number, lane in lanes:
+            if lane.window_index != index:
+                raise DataError(
+                    f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
+                    f"is in window {lane.window_index}; resume from another checkpoint"
+                )
+        stage = plan.stage_of(index)
+        size = max(1, CALL_TOKENS * plan.lanes // (stage.steps_in_window(index) * stage.tokens_per_step))
+        windows: dict[int, Window] = {}
+        for group in (lanes[i : i + size] for i in range(0, len(lanes), size)):
+            if self._closed.is_set():
+                return None
+            tokenize_windows(self._tokenizer, [lane for _, lane in group])
+            windows |= {number: lane.next_window() for number, lane in group}
+        needed = {place % plan.lanes for place in self._shares[plan.stage_number(index)].places}
+        return {number: window for number, window in windows.items() if number in needed}
 
     def _assemble(
         self,
@@ -190,13 +202,15 @@ class Loader:
         lane_rows, first = plan.lane_rows(index), plan.first_row(step)
         used = step_in_window * lane_rows
         rows: list[Row] = []
+        hashes: list[int] = []
         sources = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
         for place in share.places:
             packed, number = windows[place % plan.lanes].rows, used + place // plan.lanes
             if number < len(packed):  # else the lane has ended
                 rows.append(packed.row(number, first + place))
+                hashes.append(int(packed.hashes[number]))
                 sources += packed.sources[number]
-        counts = _counts(rows, sources)
+        counts = _counts(rows, hashes, sources)
         zeros = np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32)
         filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
@@ -298,22 +312,15 @@ def _masked(row: Row) -> int:
     return int(masked.sum()) - int(masked[np.cumsum(row.lengths) - row.lengths].sum())
 
 
-def _counts(rows: list[Row], sources: np.ndarray) -> Counts:
-    """Of rows that are no filler."""
+def _counts(rows: list[Row], hashes: list[int], sources: np.ndarray) -> Counts:
+    """Of rows that are no filler, and their hashes."""
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(row.lengths for row in rows)])
-    digest = 0
-    for row in rows:
-        content = hashlib.blake2b(row.index.to_bytes(8, "little"), digest_size=8)
-        content.update(row.tokens.data)
-        if row.trained is not None:
-            content.update(np.packbits(row.trained).data)
-        digest += int.from_bytes(content.digest(), "little")
     return Counts(
         tokens=int(lengths.sum()),
         predicted=int((lengths - 1).sum()) - sum(_masked(row) for row in rows),
         documents=int(sources[:, 1].sum()),
         cut=int(sources[:, 2].sum()),
         attended=int((lengths * (lengths + 1) // 2).sum()),
-        digest=(digest + 2**63) % 2**64 - 2**63,
+        digest=digest([row.index for row in rows], hashes),
         padding=sum(len(row.tokens) for row in rows) - int(lengths.sum()),
     )

@@ -60,7 +60,8 @@ class DataPlan:
     stops_at_source_end: bool  # a source that ends in a lane ends the lane; else its other sources go on
     group_blocks: int = 2  # G: blocks of a lane whose documents are permuted together
     validation_fraction: float = 0.0  # of the documents is held out, by a hash of each
-    validates: bool = False  # gives what is held out, in place of the rest
+    validates: bool = False  # gives what is held out, in place of the rest, in file order
+    most_tokens: int | None = None  # that a lane gives in all
     packing: str = "window"  # or "document": none is cut, and rows are padded
     overlong: str = "cut"  # what happens to a document above max_document_length; or "skip", "error"
 

@@ -42,15 +42,16 @@ TIKTOKEN = {
     "cl100k_base": (CL100K_PATTERN, 100257),
 }
 
-Part = tuple[str, bool, bool]  # text (a conversation is `Rendered`), begins a document, ends a document
-
 
 class PartsEncoder(Protocol):
     """What the data plane asks of a tokenizer."""
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        """The ids of (text, begins a document, ends a document): int32 [tokens] each; of a conversation, what
-        has no loss is the id's complement."""
+    def encode_parts(
+        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of documents, or of parts of long ones, one after another, int32 [tokens], and where each
+        ends in them, int64 [texts]. `begins`, `ends`: whether it begins or ends a document. Of a conversation
+        (a text that is `Rendered`), what has no loss is the id's complement."""
         ...
 
 
@@ -73,46 +74,52 @@ class Tokenizer:
     ) -> None:
         """`decode`: ids to text, special tokens left out. `special`: how the special tokens are spelled.
         `inner`: what a tokenizer.json describes."""
-        self._inner = inner
+        self.inner = inner
         self.encoder, self._decode, self._file_hash = encoder, decode, file_hash
         self.vocab_size, self.eos_id, self.bos_id, self.special = vocab_size, eos_id, bos_id, special
 
     @cached_property
     def chats(self) -> ChatEncoder:
         """Encodes conversations. Raises RecipeError where there is no tokenizer.json."""
-        if self._inner is None:
+        if self.inner is None:
             raise RecipeError(f"data.sources: chat needs a tokenizer with a {FILE_NAME}")
-        return ChatEncoder(self._inner, self.eos_id, self.bos_id, split_text)
+        return ChatEncoder(self.inner, self.eos_id, self.bos_id, split_text)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each whole text's ids with EOS (and BOS): int32 [tokens]."""
-        return self.encode_parts([(text, True, True) for text in texts])
+        """Each whole text's ids with EOS (and BOS): int32 [tokens], views of one array."""
+        whole = [True] * len(texts)
+        ids, stops = self.encode_parts(texts, whole, whole)
+        return np.split(ids, stops[:-1]) if texts else []
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        """The ids of (text, begins a document, ends a document): int32 [tokens] each, views of one array."""
-        if not parts:
-            return []
-        if isinstance(parts[0][0], Rendered):  # a source holds conversations or none
-            return self.chats.encode([cast("Rendered", text) for text, _, _ in parts])
-        ids, ends = self.encoder.encode([text for text, _, _ in parts])
-        first = np.fromiter((begins for _, begins, _ in parts), dtype=bool, count=len(parts))
-        last = np.fromiter((final for _, _, final in parts), dtype=bool, count=len(parts))
-        first &= self.bos_id is not None
-        stops = ends + np.cumsum(first.astype(np.int64) + last)
-        starts = np.concatenate([[0], stops[:-1]])
-        bos, eos = starts[first], stops[last] - 1
-        whole = np.empty(int(stops[-1]), dtype=np.int32)
+    def encode_parts(
+        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `PartsEncoder` says."""
+        if not texts:
+            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+        if isinstance(texts[0], Rendered):  # a source holds conversations or none
+            chats = self.chats.encode(cast("Sequence[Rendered]", texts))
+            return np.concatenate(chats), np.cumsum([len(ids) for ids in chats])
+        ids, stops = self.encoder.encode(texts)
+        last = np.array(ends)
+        first = np.array(begins) if self.bos_id is not None else np.zeros_like(last)
+        added = np.cumsum(first.astype(np.int64) + last)
+        stops = stops + added
+        eos = stops[last] - 1
+        whole = np.empty(len(ids) + int(added[-1]), dtype=np.int32)
         text = np.ones(len(whole), dtype=bool)
-        text[bos] = text[eos] = False
-        whole[text] = ids
+        text[eos] = False
         whole[eos] = self.eos_id
         if self.bos_id is not None:
+            bos = np.concatenate([[0], stops[:-1]])[first]
+            text[bos] = False
             whole[bos] = self.bos_id
-        return [whole[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        whole[text] = ids
+        return whole, stops
 
-    def count_alone(self, parts: Sequence[Part]) -> int:
-        """The tokens of these parts by the library alone, nothing made of them: to measure against."""
-        return self.encoder.count([text for text, _, _ in parts])
+    def count_alone(self, texts: Sequence[str]) -> int:
+        """The tokens of these texts by the library alone, nothing made of them: to measure against."""
+        return self.encoder.count(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, special tokens left out."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from flame.batch import COUNTED, Row, Segment, Skip
 from flame.data.chat_tokens import plain_ids
-from flame.data.streams import CURSOR, Document, SourceReader
+from flame.data.documents import WindowDocuments
+from flame.data.streams import CURSOR
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
 ROW, HASH = LANE_COLUMNS.index("row"), LANE_COLUMNS.index("window_hash")
@@ -34,8 +35,9 @@ class PackedRows:
     """Rows of a lane, in order. Padding follows on the segments of a row where they do not fill it."""
 
     tokens: np.ndarray  # int32 [rows, L]; a token without loss is written as its complement
-    documents: Sequence[tuple[SourceReader, Document]]
-    segments: np.ndarray  # int64 [segments, 3]: document, offset and length
+    hashes: np.ndarray  # uint64 [rows]: of the tokens as they are here
+    documents: WindowDocuments
+    segments: np.ndarray  # int64 [segments, 3]: the number of the document, offset and length
     bounds: Sequence[int]  # rows + 1: the first segment of each row, and the end
     sources: np.ndarray  # int64 [rows, sources, 3]: as in flame.batch.StepRows
     masked: bool  # whether some token has no loss
@@ -53,12 +55,8 @@ class PackedRows:
 
     def named(self, number: int) -> tuple[Segment, ...]:
         """The segments of a row by name."""
-        named: list[Segment] = []
-        for i, offset, length in self.segments[self.bounds[number] : self.bounds[number + 1]].tolist():
-            reader, document = self.documents[i]
-            name = reader.document_id(document)
-            named.append(Segment(reader.source.name, document.epoch, name, offset, length))
-        return tuple(named)
+        segments = self.segments[self.bounds[number] : self.bounds[number + 1]].tolist()
+        return tuple(self.documents.segment(*segment) for segment in segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +79,10 @@ class WindowStates:
 
     def __init__(self, windows: dict[int, Window], lanes: int, columns: int) -> None:
         """`windows`: by lane, those that the state is of; other lanes' states are zero."""
-        self._owned, held = list(windows), list(windows.values())
+        held = list(windows.values())
         self._size = held[0].size if held else 0
         self._begun, self._end = np.zeros((2, lanes, columns), dtype=np.int64)
+        self._is_owned = np.zeros(lanes, dtype=np.int64)
         if not held:
             return
         end = np.array([window.end for window in held], dtype=np.int64)
@@ -93,12 +92,13 @@ class WindowStates:
         for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
             begun[:, every(name)] += records[:, :, i]
         begun[:, BEGUN] = end[:, BEGUN]
-        self._begun[self._owned], self._end[self._owned] = begun, end
+        owned = list(windows)
+        self._begun[owned], self._end[owned], self._is_owned[owned] = begun, end, 1
 
     def after(self, rows: int) -> np.ndarray:
         """The state when `rows` rows of each lane, at least one, are used: int64 [lanes, columns]."""
         if rows == self._size:
             return self._end.copy()
         state = self._begun.copy()
-        state[self._owned, ROW] = rows
+        state[:, ROW] = self._is_owned * rows
         return state

@@ -144,22 +144,25 @@ def _copy_shard(target: Tensor, full: Tensor) -> None:
         target.copy_(full)
         return
     local = cast("Any", target).to_local()
-    local.copy_(_local_part(target, full))
+    local.copy_(full[local_slices(target)])
 
 
-def _local_part(target: DTensor, full: Tensor) -> Tensor:
-    """This rank's part of `full`, cut as DTensor cuts: in ceil(n / ranks) steps, mesh dimension after
-    mesh dimension. FSDP over tensor parallelism marks its own, later cut as strided."""
-    mesh = target.device_mesh
-    placements = list(enumerate(cast("tuple[Any, ...]", target.placements)))
-    strided = [pair for pair in placements if hasattr(pair[1], "split_factor")]
-    for mesh_dim, placement in [p for p in placements if p not in strided] + strided:
-        if placement.is_replicate():
-            continue
-        if not (placement.is_shard() or hasattr(placement, "split_factor")):
-            raise ModelError(f"a parameter placed as {placement} cannot be initialised")
-        length = full.shape[placement.dim]
-        step = -(-length // mesh.size(mesh_dim))
-        start = min(step * mesh.get_local_rank(mesh_dim), length)
-        full = full.narrow(placement.dim, start, min(step, length - start))
-    return full
+def local_slices(target: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds, a slice a dimension: cut as DTensor cuts, in
+    ceil(n / ranks) steps, mesh dimension after mesh dimension. FSDP over tensor parallelism marks its own,
+    later cut as strided."""
+    bounds = [(0, size) for size in target.shape]
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh
+        placements = list(enumerate(cast("tuple[Any, ...]", target.placements)))
+        strided = [pair for pair in placements if hasattr(pair[1], "split_factor")]
+        for mesh_dim, placement in [p for p in placements if p not in strided] + strided:
+            if placement.is_replicate():
+                continue
+            if not (placement.is_shard() or hasattr(placement, "split_factor")):
+                raise ModelError(f"a parameter placed as {placement} cannot be filled")
+            first, length = bounds[placement.dim]
+            step = -(-length // mesh.size(mesh_dim))
+            start = min(step * mesh.get_local_rank(mesh_dim), length)
+            bounds[placement.dim] = (first + start, min(step, length - start))
+    return tuple(slice(first, first + length) for first, length in bounds)

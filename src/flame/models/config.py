@@ -20,6 +20,11 @@ class ModelConfig:
         help="a Python file with a model of your own: class Model (see docs/models.md)",
         identity=False,  # as above
     )
+    init_from: str | None = setting(
+        None,
+        help="begin with the weights in this folder, or of this model on the hub; config left out: theirs",
+        identity=False,  # as above; checkpoints know what it held
+    )
     compile: bool | None = setting(
         None,
         help="torch.compile each block; left out: on GPUs, for families where it is known to help",

@@ -36,6 +36,7 @@ REPLACED: list[tuple[str, str, Callable[..., Any]]] = [
     ("modules.causal_conv1d.ops", "causal_conv1d", modules.causal_conv1d),
     ("modules.causal_conv1d.ops", "causal_conv1d_update", modules.causal_conv1d_update),
     ("layers.gla", "chunk_gla", linear.chunk_gla),
+    ("ops.gla", "chunk_gla", linear.chunk_gla),
     ("layers.gla", "fused_recurrent_gla", linear.fused_recurrent_gla),
     ("layers.gated_deltanet", "causal_conv1d", modules.causal_conv1d),
     ("layers.gated_deltanet", "chunk_gated_delta_rule", delta.chunk_gated_delta_rule),

@@ -108,3 +108,16 @@ class Family:
             or getattr(p, "_no_weight_decay", False)
             or name.rpartition(".")[2] in self.undecayed
         }
+
+    def embeddings(self, model: nn.Module) -> set[str]:
+        """Names of the parameters of embeddings, of tokens or positions; a tied head is one."""
+        found = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return {name for name, p in model.named_parameters() if id(p) in found}
+
+    def matrices(self, model: nn.Module) -> set[str]:
+        """Names of the blocks' matrices, whose products with the states they are for. What a layer keeps in
+        one parameter, such as queries, keys and values, is one matrix."""
+        inside = tuple(f"{name}." for name, _ in self.blocks(model))
+        others = self.no_weight_decay(model) | self.embeddings(model)
+        found = {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(inside)}
+        return found - others

@@ -18,7 +18,8 @@ from flame.models.kernel_choices import SHIPPED, Platform, kernel_cache
 # fla's backward pass with a gate per head (its chunk_bwd_dqkwg) is wrong as these versions compile it for
 # Hopper, and fla refuses to run it there
 WRONG_ON_HOPPER = (Version("3.4.0"), Version("3.7.1"))  # from, up to but without
-GATED = ("gated_deltanet", "comba", "mom", "mamba2")
+GATED = ("gated_deltanet", "comba", "mom")  # where tilelang has one
+PER_CHANNEL = ("mamba2",)  # where it has none, and a gate per channel serves
 
 
 def ask_for_gpu() -> None:
@@ -69,13 +70,19 @@ def use_compiled_folders(platform: Platform) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(parts["inductor"])
 
 
+def gate_per_head_is_wrong(capability: tuple[int, int], triton_version: str) -> bool:
+    """Whether Triton compiles that backward pass wrongly for this GPU."""
+    low, high = WRONG_ON_HOPPER
+    return capability[0] == 9 and low <= Version(triton_version) < high
+
+
 def refusal(
     model_type: str, capability: tuple[int, int], triton_version: str, *, tilelang: bool
 ) -> str | None:
     """Why a model cannot be trained truly on this GPU with these versions; None where it can."""
-    low, high = WRONG_ON_HOPPER
-    if model_type not in GATED or capability[0] != 9 or tilelang or not low <= Version(triton_version) < high:
+    if model_type not in GATED or tilelang or not gate_per_head_is_wrong(capability, triton_version):
         return None
+    _, high = WRONG_ON_HOPPER
     return (
         f"{model_type} on a Hopper GPU: Triton {triton_version} compiles its backward pass wrongly; install "
         f"tilelang, which fla then uses in its place (pip install tilelang), or Triton {high} or later"
@@ -97,5 +104,10 @@ def check_kernels(model_types: Iterable[str], device: torch.device) -> list[str]
         if tilelang and refusal(model_type, capability, triton.__version__, tilelang=False):
             notes.append(
                 f"{model_type}: the backward pass runs on tilelang, not on Triton {triton.__version__}"
+            )
+        if model_type in PER_CHANNEL and gate_per_head_is_wrong(capability, triton.__version__):
+            notes.append(
+                f"{model_type}: the scan runs on GLA's kernels, slower: Triton {triton.__version__} compiles "
+                f"its own wrongly for this GPU; Triton {WRONG_ON_HOPPER[1]} or later does not"
             )
     return notes

@@ -47,7 +47,7 @@ def load_config(spec: str, module: str | None = None) -> PretrainedConfig:
 
 def _read_config(path: Path) -> PretrainedConfig:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_hook=_infinite)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such model config; give a config.json or a folder with one") from None
     except (OSError, ValueError) as error:
@@ -64,6 +64,11 @@ def _read_config(path: Path) -> PretrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: not a valid {model_type} config: {error}") from None
+
+
+def _infinite(value: dict[str, Any]) -> Any:
+    """A float that JSON has no word for, as transformers writes it."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _hub_config(name: str) -> PretrainedConfig:

@@ -38,6 +38,20 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, comput
     return root
 
 
+def reshard(root: nn.Module) -> None:
+    """Frees what forward passes without a backward pass left gathered: FSDP2 keeps the root's parameters."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather_root(root: nn.Module) -> None:
+    """Gathers the parameters that belong to no block, so that a forward pass may begin inside of `root`; the
+    blocks gather their own. `reshard` ends it."""
+    if isinstance(root, FSDPModule):
+        root.unshard()
+
+
 def settle(root: nn.Module) -> None:
     """Lets FSDP2 do now what it would do at the first forward pass of a model that was built on meta:
     move uneven shards to padded memory. After this the shards stay where they are."""

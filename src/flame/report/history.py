@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ import orjson
 
 from flame.errors import DataError
 from flame.recipe import FILE, Recipe, run_recipe
-from flame.train.journal import read_lines
+from flame.train.journal import SAMPLES, read_lines
 
 NAN = math.nan
 
@@ -77,6 +78,19 @@ class Event:
         return value if isinstance(value, int) else None
 
 
+def validations(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The validations that count, by step: of lines of events.jsonl. What was measured after a step that a
+    resume left out does not count, and of a step that was validated twice the last one does."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if line["event"] in ("start", "resume"):
+            kept = line.get("step") or 0
+            found = {step: one for step, one in found.items() if step <= kept}
+        elif line["event"] == "validation":
+            found[line["step"]] = dict(line)
+    return [found[step] for step in sorted(found)]
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """All that the report reads."""
@@ -88,6 +102,8 @@ class History:
     steps: list[StepRecord]  # those that count, ascending
     superseded: list[StepRecord]  # trained, then lost to an interruption; in the order they were moved
     events: list[Event]  # in the order they were written
+    validations: list[dict[str, Any]]  # of these, those that count, by step
+    samples: list[dict[str, Any]]  # lines of samples.jsonl: step, prompt, text
 
 
 def read_history(run: Path) -> History:
@@ -95,6 +111,7 @@ def read_history(run: Path) -> History:
     DataError for a broken file."""
     recipe = run_recipe(run)
     steps = [StepRecord.of(line) for line in read_lines(run / "metrics.jsonl")]
+    events = list(read_lines(run / "events.jsonl"))
     return History(
         run=run,
         recipe=recipe,
@@ -102,7 +119,9 @@ def read_history(run: Path) -> History:
         environment=_object(run / "environment.json"),
         steps=sorted(steps, key=lambda record: record.step),
         superseded=[StepRecord.of(line) for line in read_lines(run / "logs" / "superseded.jsonl")],
-        events=[Event.of(line) for line in read_lines(run / "events.jsonl")],
+        events=[Event.of(line) for line in events],
+        validations=validations(events),
+        samples=list(read_lines(run / SAMPLES)),
     )
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Iterable
 from html import escape
-from typing import Any
 
 from flame.recipe import Recipe
 from flame.report.attempts import Attempt, Mark, attempts_of, marks_of, steps_of_events
 from flame.report.history import Event, History, StepRecord
+from flame.report.pieces import big, clock, counted, duration, median, number, percent, plain, section, table
 from flame.report.plots import MARK_COLOURS, loss_chart, step_chart, timeline_chart
 from flame.report.style import CSS
 from flame.report.timeline import KINDS, Timeline, timeline_of
+from flame.report.validation import losses_of, samples_section, validation_section
 
 # told in a sentence below the table of events: there may be thousands
-COUNTED = ("checkpoint_saved", "record_skipped")
+COUNTED = ("checkpoint_saved", "record_skipped", "validation")
 UNFINISHED = "This page shows the run as it was when the page was written; write it again for a later state."
 
 
@@ -32,6 +31,8 @@ def page(history: History, state: str, written: float) -> str:
         notes(history, state),
         key_figures(history, attempts, timeline),
         curves(history, attempts, marks),
+        validation_section(history),
+        samples_section(history),
         sources_table(history),
         time_spent(timeline),
         events_table(history, attempts),
@@ -129,7 +130,10 @@ def curves(history: History, attempts: list[Attempt], marks: list[Mark]) -> str:
     caption = "Per predicted token, over all ranks. Faint: each logged step; strong: a centred mean."
     if twice:
         caption += f" Dotted: {counted(twice, 'logged step')} lost to an interruption and trained again."
-    loss = section("Loss", caption, loss_chart(steps, attempts, marks), wide=True)
+    validated = losses_of(history)
+    if validated:
+        caption += " With dots: on the held out documents."
+    loss = section("Loss", caption, loss_chart(steps, attempts, marks, validated), wide=True)
     small = [
         (
             "Learning rate",
@@ -271,6 +275,12 @@ def counted_events(events: list[Event]) -> list[str]:
             f"{duration(statistics.median(took))} (median; longest {duration(max(took))}), with training "
             f"paused for {duration(statistics.median(paused))} (longest {duration(max(paused))})."
         )
+    validated = [float(event.fields.get("seconds") or 0) for event in events if event.name == "validation"]
+    if validated:
+        sentences.append(
+            f"{counted(len(validated), 'validation')}, each in {duration(statistics.median(validated))} "
+            f"(median; longest {duration(max(validated))})."
+        )
     skipped = [event.fields for event in events if event.name == "record_skipped"]
     if skipped:
         records = sum(int(fields.get("records") or 0) for fields in skipped)
@@ -295,78 +305,3 @@ def environment(history: History) -> str:
         if value is not None:
             rows.append([escape(key), escape(plain(value))])
     return section("Environment", "", table(["", ""], rows))
-
-
-# --------------------------------------------------------------------------------------- pieces
-
-
-def section(title: str, caption: str, body: str, *, wide: bool = False) -> str:
-    said = f'<p class="caption">{caption}</p>' if caption else ""
-    if "<svg" in body:
-        svg, _, rest = body.partition("</svg>")
-        body = f'<div class="chart{" wide" if wide else ""}">{svg}</svg></div>{rest}'
-    return f"<section><h2>{title}</h2>{said}{body}</section>"
-
-
-def table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """Cells are HTML; those that are not `<td …>` already become one."""
-
-    def cells(row: list[str], tag: str) -> str:
-        return "".join(c if c.startswith(f"<{tag}") else f"<{tag}>{c}</{tag}>" for c in row)
-
-    head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>" if any(heads) else ""
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def number(text: str, tag: str = "td") -> str:
-    return f'<{tag} class="number">{text}</{tag}>'
-
-
-def plain(value: Any) -> str:
-    """A JSON value as a reader writes it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(plain(inner) for inner in value)
-    return str(value)
-
-
-def median(values: Iterable[float]) -> float:
-    """Of the finite ones; NaN where there is none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.median(finite) if finite else math.nan
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def big(value: float) -> str:
-    """`1.23 B`, `184 k`: three digits."""
-    if not math.isfinite(value):
-        return "–"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            scaled = value / size
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {letter}"
-    return f"{value:.0f}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if math.isfinite(share) else "–"
-
-
-def duration(seconds: float) -> str:
-    """`0.02 s`, `34 s`, `2 min 05 s`, `3 h 20 min`, `2 d 4 h`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part:02d} {smaller}"
-    return f"{whole} s"
-
-
-def clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

@@ -34,6 +34,7 @@ COLOURS = {
     "saving": "#0b0c0d",
     "recovery": "#0c0d0e",
     "stopped": "#0d0e0f",
+    "validating": "#0e0f10",
 }
 MARK_COLOURS = {"rank_lost": "bad", "hang": "bad", "rollback": "bad", "failed": "bad", "signal": "warn"}
 STYLE = {
@@ -64,11 +65,20 @@ WHOLE_LENGTH = {"shrinkA": 0, "shrinkB": 0}  # of a line
 LABEL_ROWS = 4  # of marks above a chart; what finds no room there is in the table of events
 
 
-def loss_chart(steps: list[StepRecord], attempts: list[Attempt], marks: list[Mark]) -> str:
-    """Loss by step: raw, smoothed, trained twice; every interruption marked and labelled."""
+def loss_chart(
+    steps: list[StepRecord],
+    attempts: list[Attempt],
+    marks: list[Mark],
+    validated: Sequence[tuple[int, float]] = (),
+) -> str:
+    """Loss by step: raw, smoothed, trained twice, validated; every interruption marked and labelled."""
 
     def draw(axes: Axes) -> None:
         _raw_and_smooth(axes, [(r.step, r.loss) for r in steps])
+        if validated:
+            x, y = thin(*_arrays(validated))
+            marker = "o" if len(x) < 100 else ""
+            axes.plot(x, y, color=COLOURS["warn"], lw=1.4, marker=marker, ms=3.5, zorder=4)
         for attempt in attempts:
             again = [(r.step, r.loss) for r in attempt.lost]
             if again:

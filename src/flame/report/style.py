@@ -5,12 +5,12 @@ CSS = """
   --page: #fbfbfa; --card: #ffffff; --edge: #e6e5e1; --ink: #1f2328; --muted: #68707a; --grid: #e6e5e1;
   --line: #2f6690; --bad: #b3402e; --warn: #a86e00; --good: #3c7a57;
   --training: #5b8fb9; --lost: #d98c7e; --starting: #e3c383; --saving: #a79cc7; --recovery: #b3402e;
-  --stopped: #dddcd7; }
+  --stopped: #dddcd7; --validating: #7fb09a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #16181b; --card: #1d2024; --edge: #32363c; --ink: #e3e5e8; --muted: #98a0aa; --grid: #32363c;
   --line: #7fb2dc; --bad: #e58a78; --warn: #dfae55; --good: #7fbf9b;
   --training: #4f83ad; --lost: #a5665b; --starting: #b39350; --saving: #8479a8; --recovery: #e07b67;
-  --stopped: #3d4147; } }
+  --stopped: #3d4147; --validating: #5f9a83; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -45,6 +45,7 @@ tr:last-child td { border-bottom: 0; } .number { text-align: right; white-space:
 td.time { white-space: nowrap; } .bad { color: var(--bad); } .warn { color: var(--warn); }
 .good { color: var(--good); }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }
+.sample { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { margin: 6px 0 0; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   overflow-x: auto; }
 summary { cursor: pointer; font-weight: 600; }

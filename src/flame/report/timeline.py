@@ -13,10 +13,11 @@ from typing import Literal
 from flame.report.attempts import ENDINGS, Attempt
 from flame.report.history import Event, StepRecord
 
-Kind = Literal["training", "lost", "starting", "saving", "recovery", "stopped"]
+Kind = Literal["training", "lost", "validating", "starting", "saving", "recovery", "stopped"]
 KINDS: dict[Kind, str] = {
     "training": "training steps that count",
     "lost": "training steps that were lost and trained again",
+    "validating": "loss on held out documents, samples, and a hook",
     "starting": "from a start to the first step: data, compilation, the first batch",
     "saving": "training paused for a checkpoint, or waiting for the last one",
     "recovery": "from the last step before a loss until the ranks were back",
@@ -95,7 +96,7 @@ def lay_out(layout: Layout, attempt: Attempt, limit: float) -> None:
     """An attempt: starting, its steps and the pauses in them, and how it ended; none of it after `limit`."""
     durations = durations_of(attempt)
     layout.until(min(limit, first_step_began(attempt, durations)), "starting")
-    pauses = pauses_of(attempt)
+    pauses, validated = pauses_of(attempt), validated_of(attempt)
     lost = {record.step for record in attempt.lost}
     before = attempt.after
     for record, seconds in durations:
@@ -104,6 +105,8 @@ def lay_out(layout: Layout, attempt: Attempt, limit: float) -> None:
         pause = sum(pauses.get(step, 0.0) for step in range(before, record.step))
         layout.until(min(limit, end, layout.now + pause), "saving")
         layout.until(min(limit, end), "lost" if record.step in lost else "training")
+        apart = sum(validated.get(step, 0.0) for step in range(before + 1, record.step + 1))
+        layout.until(min(limit, layout.now + apart), "validating")
         before = record.step
     if attempt.follows and attempt.ending != "unknown":
         ended = attempt.ending in ("done", "stopped")
@@ -128,14 +131,17 @@ def first_step_began(attempt: Attempt, durations: list[tuple[StepRecord, float]]
         return attempt.begins.time
     if not durations:
         return attempt.follows[-1].time if attempt.ending == "unknown" else attempt.follows[0].time
+    apart = validated_of(attempt)
     for event in attempt.follows:
         if event.name == "checkpoint_saved" and event.step is not None:
-            elapsed = sum(seconds for record, seconds in durations if record.step <= event.step)
+            validating = sum(seconds for step, seconds in apart.items() if step <= event.step)
+            elapsed = validating + sum(seconds for record, seconds in durations if record.step <= event.step)
             if any(record.step == event.step for record, _ in durations):
                 took = _seconds(event, "seconds") + _seconds(event, "pause_seconds")
                 return max(attempt.begins.time, event.time - took - elapsed)
     ends = next((e for e in attempt.follows if e.name in ENDINGS), attempt.follows[-1])
-    return max(attempt.begins.time, ends.time - sum(seconds for _, seconds in durations))
+    elapsed = sum(apart.values()) + sum(seconds for _, seconds in durations)
+    return max(attempt.begins.time, ends.time - elapsed)
 
 
 def pauses_of(attempt: Attempt) -> dict[int, float]:
@@ -144,6 +150,16 @@ def pauses_of(attempt: Attempt) -> dict[int, float]:
         event.step: _seconds(event, "pause_seconds")
         for event in attempt.follows
         if event.name == "checkpoint_saved" and event.step is not None
+    }
+
+
+def validated_of(attempt: Attempt) -> dict[int, float]:
+    """Seconds of the validation after each step, which are in no step's time. What was validated before the
+    attempt's first step belongs to its start."""
+    return {
+        event.step: _seconds(event, "seconds")
+        for event in attempt.follows
+        if event.name == "validation" and event.step is not None and event.step > attempt.after
     }
 
 

@@ -12,8 +12,7 @@ import hashlib
 import shutil
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
 from flame.schema import Duration
+from flame.train.exporter import Exporter
 from flame.train.journal import event, replace_file, sync_directory
 from flame.train.keeping import MANIFEST, prune, saved_steps, step_directory
 from flame.train.shards import Shards
@@ -59,11 +59,16 @@ def load_tensors(
     optimizer: torch.optim.Optimizer,
     path: Path,
     group: dist.ProcessGroup,
+    *,
+    with_optimizer: bool = True,
+    exclude: Collection[str] = (),
 ) -> None:
-    """Fills model and optimizer in place from a checkpoint written under any layout."""
+    """Fills model and optimizer in place from a checkpoint written under any layout; what belongs to a
+    parameter in `exclude` stays as it is."""
     reader = dcp.FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    for piece in shards.pieces:
+    chosen = [p for p in shards.pieces if with_optimizer and p.name not in exclude]
+    for piece in chosen:
         prefix = f"optimizer.{piece.name}."
         state: dict[str, Any] = {}
         for key, meta in saved.items():
@@ -76,22 +81,10 @@ def load_tensors(
             )
         if state:
             optimizer.state[piece.local] = state
-    dcp.load(tensors_of(model, shards, optimizer), storage_reader=reader, process_group=group)
-
-
-def read_model_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors of a checkpoint, whole and on the CPU, in this process alone."""
-    reader = dcp.FileSystemReader(path)
-    saved = reader.read_metadata().state_dict_metadata
-    state: Tensors = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in saved.items()
-        if key.startswith("model.") and isinstance(meta, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():  # that it reads alone is what was asked for
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    tensors = tensors_of(model, shards, optimizer)
+    wanted = {key: tensor for key, tensor in tensors.items() if key.removeprefix("model.") not in exclude}
+    dcp.load(wanted, storage_reader=reader, process_group=group)
+    shards.updated()
 
 
 # -------------------------------------------------------------------------------------- saving
@@ -113,9 +106,16 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run: Path, group: dist.ProcessGroup, keep: int, keep_every: Duration | None = None
+        self,
+        run: Path,
+        group: dist.ProcessGroup,
+        keep: int,
+        keep_every: Duration | None = None,
+        exporter: Exporter | None = None,
     ) -> None:
+        """`exporter`: is told of what was saved, and keeps what it needs from being deleted."""
         self.run = run
+        self._exporter = exporter
         self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
         self._rank = dist.get_rank(group)
         self._keep = keep, keep_every
@@ -165,6 +165,8 @@ class Checkpointer:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 event(self.run, "checkpoint_failed", step=step, why=self.error)
+                if self._exporter is not None:
+                    self._exporter.lost(step, self.error)
             return
         except RuntimeError as error:  # a peer is gone: the training's own exchange will say so, too
             self.error = str(error)
@@ -173,7 +175,10 @@ class Checkpointer:
         if self._rank == 0:
             seconds = round(time.monotonic() - began, 3)
             event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
-            prune(self.run, *self._keep)
+            if self._exporter is not None:
+                self._exporter.committed(step)
+            held = self._exporter.held() if self._exporter is not None else ()
+            prune(self.run, *self._keep, spare=held)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives on every rank; CheckpointError on all where it fails on any."""
@@ -245,16 +250,13 @@ def newest_sound(run: Path, group: dist.ProcessGroup) -> int | None:
     Each rank verifies its part of the files. A broken checkpoint is passed over with an event;
     CheckpointError where all are broken: a run is never begun again silently.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     box: list[Any] = [saved_steps(run) if rank == 0 else None]
     dist.broadcast_object_list(box, group_src=0, group=group)
     steps = cast("list[int]", box[0])
     broken: dict[int, str] = {}
     for step in reversed(steps):
-        problem = next(problems(step_directory(run, step), rank, world), None)
-        found: list[str | None] = [None] * world
-        dist.all_gather_object(found, problem, group=group)
-        problem = next((p for p in found if p), None)
+        problem = shared_problem(step_directory(run, step), group)
         if problem is None:
             return step
         broken[step] = problem
@@ -267,6 +269,14 @@ def newest_sound(run: Path, group: dist.ProcessGroup) -> int | None:
             "or start anew in another run directory"
         )
     return None
+
+
+def shared_problem(path: Path, group: dist.ProcessGroup) -> str | None:
+    """What is wrong with a checkpoint, on every rank the same; each verifies its part of the files."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    found: list[str | None] = [None] * world
+    dist.all_gather_object(found, next(problems(path, rank, world), None), group=group)
+    return next((problem for problem in found if problem), None)
 
 
 def problems(path: Path, part: int = 0, parts: int = 1) -> Iterator[str]:

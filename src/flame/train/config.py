@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flame.schema import Duration, parse_count, parse_duration, setting
+from flame.schema import Duration, parse_count, parse_duration, parse_strings, setting
+
+PARTS = ("model", "optimizer", "data")  # of a checkpoint that a run may start from
 
 
 def parse_micro_batch_rows(raw: Any) -> int | None:
     """`auto` (None) or a whole number of rows."""
     return None if raw == "auto" else parse_count(raw)
+
+
+def parse_parts(raw: Any) -> list[str]:
+    """Some of `PARTS`, the model among them."""
+    parts = parse_strings(raw)
+    if "model" not in parts or not set(parts) <= set(PARTS):
+        raise ValueError(f'a list of {", ".join(PARTS)}, with "model" in it')
+    return [part for part in PARTS if part in parts]
 
 
 @dataclass
@@ -19,7 +29,8 @@ class RunConfig:
     seed: int = setting(42, help="of the initialisation, the order of the data and dropout", identity=True)
     steps: int | None = setting(
         None,
-        help="length of the run in optimizer steps; the run ends earlier where its data do",
+        help="length of the run in optimizer steps; the run ends earlier where its data do; 0: only a "
+        "checkpoint of what it begins with",
         identity=False,
         parse=parse_count,
     )
@@ -29,6 +40,24 @@ class RunConfig:
         "every source",
         identity=False,
         parse=parse_count,
+    )
+    start_from: str | None = setting(
+        None,
+        help='branch off another run\'s checkpoint: "RUN@step", or "RUN" for its newest whole one',
+        identity=True,
+    )
+    start_from_parts: list[str] = setting(
+        ["model"],
+        help="what is taken from there: model; optimizer, its state too; data, the place in the data and all "
+        "counters, so that steps and tokens go on from there",
+        identity=True,
+        parse=parse_parts,
+    )
+    exclude: list[str] = setting(
+        [],
+        help='names of parameters ("lm_head.*") that begin anew, with start_from or model.init_from',
+        identity=True,
+        parse=parse_strings,
     )
     max_restarts: int = setting(
         10,
@@ -54,18 +83,89 @@ class BatchConfig:
     )
 
 
+OPTIMIZERS = ("adamw", "muon", "sgd")
+
+
+@dataclass
+class GroupConfig:
+    pattern: str = setting(
+        help="of full parameter names, listed in RUN/parameter_groups.json; * is anything, ? one character; "
+        "a parameter is in the first group that it matches",
+        identity=True,
+    )
+    name: str | None = setting(
+        None,
+        help="the optimizer of these parameters; left out: what they would have without the group",
+        identity=True,
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float | None = setting(
+        None, help="the peak of their schedule; left out: as without the group", identity=True
+    )
+    learning_rate_factor: float = setting(
+        1.0, help="their peak is so many times what it would be without the group", identity=True
+    )
+    weight_decay: float | None = setting(
+        None,
+        help="of all these parameters, norms and biases too; left out: as without the group",
+        identity=True,
+    )
+
+
 @dataclass
 class OptimizerConfig:
-    name: str = setting("adamw", help="the optimizer", identity=True, choices=("adamw",))
+    name: str = setting(
+        "adamw",
+        help="the optimizer; muon is for the matrices of the model's blocks, with AdamW for all else",
+        identity=True,
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = setting(1e-3, help="the peak of the schedule", identity=True)
-    beta1: float = setting(0.9, help="decay of the gradient's running mean", identity=True)
-    beta2: float = setting(0.95, help="decay of the squared gradient's running mean", identity=True)
-    epsilon: float = setting(1e-8, help="added to the denominator", identity=True)
+    beta1: float = setting(0.9, help="adamw: decay of the gradient's running mean", identity=True)
+    beta2: float = setting(0.95, help="adamw: decay of the squared gradient's running mean", identity=True)
+    epsilon: float = setting(1e-8, help="adamw: added to the denominator", identity=True)
     weight_decay: float = setting(
-        0.1, help="decoupled; matrices only, never norms, biases and what the model exempts", identity=True
+        0.1,
+        help="matrices only, never norms, biases and what the model exempts; decoupled, but for sgd, which "
+        "adds it to the gradient",
+        identity=True,
+    )
+    decay_embeddings: bool = setting(
+        True,
+        help="whether weight_decay is for embeddings too (and for a head that is tied to one)",
+        identity=True,
     )
     clip_norm: float = setting(
         1.0, help="gradients longer than this are scaled down to it; 0: never", identity=True
+    )
+    momentum: float = setting(0.95, help="muon, with Nesterov's step, and sgd, without", identity=True)
+    adjust_lr_fn: str = setting(
+        "match_rms_adamw",
+        help="muon: how the rate depends on a matrix's shape, as torch.optim.Muon has it: original, "
+        "sqrt(max(1, rows / columns)), or match_rms_adamw, 0.2 sqrt(max(rows, columns)), with which AdamW's "
+        "rate and weight decay serve",
+        identity=True,
+        choices=("original", "match_rms_adamw"),
+    )
+    adamw_learning_rate: float | None = setting(
+        None, help="muon: the peak for the parameters left to AdamW; left out: learning_rate", identity=True
+    )
+    ema: float | None = setting(
+        None,
+        help="also keep an average of the weights, decayed by this after each update (0.9999), in float32; "
+        "checkpoints hold it, flame export --ema writes it",
+        identity=True,
+    )
+    groups: list[GroupConfig] = setting([], help="parameters treated otherwise", identity=True)
+
+
+@dataclass
+class LossConfig:
+    z_loss: float = setting(
+        0.0,
+        help="adds this times the square of the logits' logsumexp to each predicted token's loss (1e-4); "
+        "metrics.jsonl has it apart, as z_loss",
+        identity=True,
     )
 
 
@@ -146,6 +246,28 @@ class RecoveryConfig:
     )
     save_seconds: float = setting(1800.0, help="the same while ranks wait for a checkpoint", identity=False)
     validation_seconds: float = setting(3600.0, help="the same during a validation", identity=False)
+
+
+@dataclass
+class ExportConfig:
+    at_end: bool = setting(
+        False, help="write the last step's model to RUN/export, as flame export does", identity=False
+    )
+    every: Duration | None = setting(
+        None,
+        help="also while training, to RUN/exports/step-N, with a checkpoint at the same step",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    dtype: str = setting(
+        "float32",
+        help="of the exported weights",
+        identity=False,
+        choices=("float32", "bfloat16", "float16"),
+    )
+    keep: int | None = setting(
+        None, help="newest folders kept in RUN/exports; left out: all", identity=False, parse=parse_count
+    )
 
 
 @dataclass

@@ -18,8 +18,8 @@ import numpy as np
 
 # what a rank does, in the order of a step: its rows are fetched while the step before it still computes,
 # whose figures are then written
-PHASES = ("starting", "data", "writing", "saving", "validating", "agreeing", "computing", "ending")
-LONG = ("starting", "saving", "validating", "ending")  # each has a limit of its own
+PHASES = ("starting", "data", "writing", "validating", "saving", "agreeing", "computing", "ending")
+LONG = ("starting", "validating", "saving", "ending")  # each has a limit of its own
 STAMPS = ("up", "loaded", "rows", "stepped")  # moments of a start, in their order
 STEPS = 64  # durations of steps that the median is of
 

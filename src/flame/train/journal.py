@@ -26,6 +26,7 @@ LOCK_WAIT_SECONDS = 30.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _unwritten: dict[Path, bytes] = {}  # lines that a full disk did not take
+SAMPLES = "samples.jsonl"  # what the model wrote at validations
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -91,6 +92,7 @@ class Journal:
         self._board: Any = None
         trim_torn_line(run / "events.jsonl")
         supersede(self._metrics, step, run / "logs" / "superseded.jsonl")
+        supersede(run / SAMPLES, step, run / "logs" / "superseded-samples.jsonl")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 0.6 s, only where it is wanted
 
@@ -99,11 +101,19 @@ class Journal:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One logged step."""
         append_line(self._metrics, record)
+        self._draw(record, record["step"])
+
+    def validation(self, figures: Mapping[str, Any], step: int) -> None:
+        """What was measured after a step: an event, and curves of their own."""
+        event(self.run, "validation", step=step, **figures)
+        self._draw({"validation": figures}, step)
+
+    def _draw(self, record: Mapping[str, Any], step: int) -> None:
         if self._board is None:
             return
         for name, value in flat(record):
             if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
-                self._board.add_scalar(name, value, record["step"])
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._board is not None:

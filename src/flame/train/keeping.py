@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,13 +55,13 @@ def kept(steps: list[int], keep: int, tokens: dict[int, int], every: Duration | 
 
 
 def prune(
-    run: Path, keep: int, every: Duration | None = None, *, spare: int | None = None
+    run: Path, keep: int, every: Duration | None = None, *, spare: Collection[int] = ()
 ) -> list[int | str]:
-    """Deletes the checkpoints that do not stay, but for step `spare`, and those that a newer one of the same
-    step replaced; the steps deleted."""
+    """Deletes the checkpoints that do not stay, but for the steps `spare`, and those that a newer one of the
+    same step replaced; the steps deleted."""
     steps = saved_steps(run)
     tokens = {step: _tokens(run, step) for step in steps} if every and every.unit == "tokens" else {}
-    stay = kept(steps, keep, tokens, every) | {spare}
+    stay = kept(steps, keep, tokens, every) | set(spare)
     gone: list[int | str] = []
     for step in steps:
         if step not in stay:

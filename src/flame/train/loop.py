@@ -20,6 +20,7 @@ from flame.errors import CheckpointError, DataError, Exit
 from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
+from flame.train.exporter import Exporter
 from flame.train.heartbeat import heart
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
@@ -28,6 +29,7 @@ from flame.train.rollback import Guard
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
 from flame.train.step import train_step
+from flame.train.validation import Validation
 
 COLLECT_STEPS = 50
 
@@ -85,11 +87,15 @@ class Job:
     rows: RowReader
     agreement: Agreement
     checkpointer: Checkpointer
+    exporter: Exporter
+    export_every: Duration | None
     meter: Meter
+    validation: Validation | None
     skip_log: SkipLog
     rank: int
     progress: Progress
     guard: Guard  # against bad steps
+    beginning: dict[str, Any] | None  # data.json before the first step, where no checkpoint holds it yet
 
     should_stop: Callable[[], bool]
     check_records: Callable[[np.ndarray], None]  # raises DataError when too many are skipped
@@ -103,10 +109,15 @@ def train(job: Job) -> Exit:
     Where data cannot be read, every rank saves at the same step and raises the same DataError. After a bad
     step every rank raises RolledBack: the run is to be loaded anew.
     """
+    if is_last(job, job.progress.step):
+        return finish(job, None, "there was no step to make")
     clock = SaveClock(job.checkpoint_every)
     heart().stamp("loaded")
     coming = Coming.fetch(job, clock)
     heart().stamp("rows")
+    if job.validation is not None and job.validation.at_start and job.progress.step == 0:
+        heart().enter("validating", 1)
+        job.validation.run(0, 0)
     job.meter.start()
 
     with collector_at_rest() as collect:
@@ -162,7 +173,13 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
-        if agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
+        problem = validate(job, tokens_before)
+        if problem is not None:
+            return leave(job, trained, problem)
+        export = job.export_every is not None and crossed(job.export_every, job.progress, tokens_before)
+        if export:
+            job.exporter.want(step)
+        if export or agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
             heart().enter("writing", step + 1)
@@ -212,6 +229,8 @@ class Coming:
             rows = job.rows.next_step()
         except DataError as error:
             failure = error
+        if job.validation is not None and failure is None:
+            failure = job.validation.failure()
         save_now = job.rank == 0 and clock.due()
         proposal = job.agreement.propose(
             rows, save=save_now, stop=job.should_stop(), failed=failure is not None
@@ -268,6 +287,26 @@ def write_skips(job: Job, trained: StepRows, agreed: Agreed) -> None:
         event(job.run, "record_skipped", step=job.progress.step, records=skipped)
 
 
+def validate(job: Job, tokens_before: int, *, last: bool = False) -> DataError | None:
+    """Validates where the step just made asks for it, or the run's end. Its time is no training's.
+
+    Returns what all ranks raise where the set cannot be read.
+    """
+    validation, progress = job.validation, job.progress
+    if validation is None:
+        return None
+    validation.prepare()  # from the first step on, so that this does not wait for it
+    due = last or crossed(validation.every, progress, tokens_before)
+    if not due or validation.last_step == progress.step:
+        return None
+    heart().enter("validating", progress.step + 1)
+    try:
+        job.meter.pause(validation.run(progress.step, progress.tokens))
+    except DataError as error:
+        return error
+    return None
+
+
 def save(job: Job, trained: StepRows) -> None:
     """Begins a checkpoint of the step just made, if that was sound. All ranks call it at the same step."""
     heart().enter("saving", job.progress.step + 1)
@@ -275,16 +314,18 @@ def save(job: Job, trained: StepRows) -> None:
     job.progress.health = job.guard.health.history()
     job.progress.updates_skipped = job.meter.updates_skipped()
     state = job.agreement.sum_state(trained.state)
-    records = Records(
-        train={**asdict(job.progress), **job.extra_record},
-        data=job.data_record(trained.step + 1, state),
-    )
+    begin_checkpoint(job, job.data_record(trained.step + 1, state))
+
+
+def begin_checkpoint(job: Job, data_record: dict[str, Any]) -> None:
+    records = Records(train={**asdict(job.progress), **job.extra_record}, data=data_record)
     job.checkpointer.save(job.progress.step, tensors_of(job.guest, job.shards, job.optimizer), records)
 
 
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
     """Saves what was trained and stops before the next step."""
     save_last(job, trained)
+    job.exporter.abandon()
     if problem is not None:
         raise problem
     return Exit.STOPPED
@@ -292,9 +333,13 @@ def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit
 
 def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     """The last checkpoint, then the end. Raises DataError where the data held nothing to train."""
-    if job.progress.step == 0:
+    if job.progress.step == 0 and not is_last(job, 0):
         raise DataError("no source holds any text that could be trained; see logs/skipped-records.jsonl")
+    problem = validate(job, job.progress.tokens, last=True)
     save_last(job, trained)
+    if problem is not None:
+        raise problem
+    job.exporter.finish(job.progress.step)
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
         print(f"done after step {job.progress.step}: {why}", flush=True)
@@ -305,8 +350,12 @@ def save_last(job: Job, trained: StepRows | None) -> None:
     """Makes sure that the last trained step has a checkpoint. Raises CheckpointError where it cannot."""
     heart().enter("ending", job.progress.step + 1)
     job.checkpointer.wait()
-    if trained is not None and job.checkpointer.last_saved != job.progress.step:
-        save(job, trained)
+    first = trained is None and job.beginning is not None and is_last(job, job.progress.step)
+    if (trained is not None or first) and job.checkpointer.last_saved != job.progress.step:
+        if trained is not None:
+            save(job, trained)
+        elif job.beginning is not None:
+            begin_checkpoint(job, job.beginning)
         job.checkpointer.wait()
         if job.checkpointer.last_saved != job.progress.step:
             raise CheckpointError(

@@ -74,15 +74,19 @@ class Meter:
         self._data_seconds += wait_seconds
         self._skipped += ~result.grad_norm.isfinite()
 
+    def pause(self, seconds: float) -> None:
+        """Leaves some seconds that were no training out of the interval."""
+        self._began += seconds
+
     def updates_skipped(self) -> int:
         """Updates left out since the run began because a gradient was not finite."""
         return int(self._skipped.item())
 
     def log(self, progress: Advanced, agreed: Agreed, result: StepResult, learning_rate: float) -> None:
         """Ends the interval: waits for the step and writes its record. All ranks call it."""
-        loss_sum = result.loss_sum.clone()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / max(1, agreed.counts.predicted)
+        sums = torch.stack([s for s in (result.loss_sum, result.penalty_sum) if s is not None])
+        dist.all_reduce(sums)
+        loss, *z_loss = (sums / max(1, agreed.counts.predicted)).tolist()
         grad_norm = result.grad_norm.item()
         skipped = self.updates_skipped()
         seconds = time.perf_counter() - self._began
@@ -91,6 +95,7 @@ class Meter:
             "tokens": progress.tokens,
             "epoch": agreed.epoch,
             "loss": loss,
+            **({"z_loss": z_loss[0]} if z_loss else {}),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "tokens_per_second": round(self._tokens / seconds, 1),

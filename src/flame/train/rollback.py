@@ -38,6 +38,7 @@ class Range:
     steps: tuple[int, int]  # trained steps, from 1, as they were numbered when they were bad
     why: str
     time: float  # seconds since the epoch
+    inherited: bool = False  # from the run that this one branched off
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,8 @@ class Skipped:
     @classmethod
     def from_json(cls, raw: Iterable[dict[str, Any]]) -> Skipped:
         """Raises KeyError, TypeError or ValueError where it is something else."""
-        return cls(
-            tuple(
-                Range(_pair(r["rows"]), _pair(r["data_steps"]), _pair(r["steps"]), r["why"], r["time"])
-                for r in raw
-            )
-        )
+        pairs = ("rows", "data_steps", "steps")
+        return cls(tuple(Range(**{**r, **{name: _pair(r[name]) for name in pairs}}) for r in raw))
 
     def trained(self, steps: range) -> list[int]:
         """The data steps that trained steps (here from 0) are made of."""
@@ -92,6 +89,23 @@ def read_skipped(run: Path) -> Skipped:
             f"{path}: not a list of row ranges ({error!r}); the newest checkpoint's data.json holds a copy "
             "under skipped_rows: restore it from there"
         ) from None
+
+
+def write_skipped(run: Path, skipped: Skipped) -> None:
+    """Makes it the run's, to stay."""
+    record = {"ranges": skipped.to_json()}
+    replace_file(run / FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2))
+
+
+def inherit(run: Path, trunk: Path) -> Skipped:
+    """What a run skips that goes on in the data of another: that one's rows, and its own if it has gone back
+    before its first checkpoint. Only for who holds the run's lock."""
+    theirs, own = read_skipped(trunk), read_skipped(run)
+    new = [replace(r, inherited=True) for r in theirs.ranges]
+    whole = Skipped((*new, *(r for r in own.ranges if not r.inherited)))
+    if whole != own:
+        write_skipped(run, whole)
+    return whole
 
 
 def set_aside(run: Path) -> Skipped:
@@ -146,6 +160,7 @@ class Guard:
     first_row: Callable[[int], int]  # of a data step
     most: int  # rollbacks
     wait: Callable[[], None]  # for the save under way
+    begun: int  # the step that a run without a checkpoint of its own goes back to
 
     @classmethod
     def of(
@@ -156,6 +171,7 @@ class Guard:
         plan: DataPlan,
         skipped: Skipped,
         history: dict[str, Any],
+        begun: int,
     ) -> Guard:
         """For this rank of the run that `checkpointer` saves; `history` as for `Health`."""
         health = Health(config, group, lambda step: plan.stage_number(plan.window_at(step)[0]), history)
@@ -167,6 +183,7 @@ class Guard:
             first_row=plan.first_row,
             most=config.max_rollbacks,
             wait=checkpointer.wait,
+            begun=begun,
         )
 
     def check(self, *, all_steps: bool = False) -> None:
@@ -186,12 +203,11 @@ class Guard:
 
     def _go_back(self, judged: Judged) -> None:
         self.wait()
-        if len(self.skipped.ranges) >= self.most:
+        if self._times >= self.most:
             raise TrainingError(self._hopeless(judged))
         if self.rank == 0:
-            bad = bad_range(judged, self.skipped, saved_steps(self.run), self.first_row)
-            ranges = Skipped((*self.skipped.ranges, bad)).to_json()
-            replace_file(self.run / FILE, orjson.dumps({"ranges": ranges}, option=orjson.OPT_INDENT_2))
+            bad = bad_range(judged, self.skipped, saved_steps(self.run) or [self.begun], self.first_row)
+            write_skipped(self.run, Skipped((*self.skipped.ranges, bad)))
             event(self.run, "rollback", step=judged.step, rows=bad.rows, steps=bad.steps, why=judged.trouble)
             print(
                 f"step {judged.step}: {judged.trouble}; going back, and passing over the rows of steps "
@@ -200,8 +216,13 @@ class Guard:
             )
         raise RolledBack
 
+    @property
+    def _times(self) -> int:
+        """That this run has gone back."""
+        return sum(not r.inherited for r in self.skipped.ranges)
+
     def _hopeless(self, judged: Judged) -> str:
-        first, times = max(0, judged.step - STEPS_BACK - 1), len(self.skipped.ranges)
+        first, times = max(0, judged.step - STEPS_BACK - 1), self._times
         return (
             f"{self.run}: step {judged.step}: {judged.trouble}. The run has gone back {times} time(s) "
             "already, as often as recovery.max_rollbacks allows. Look at the loss and grad_norm before it "
@@ -216,8 +237,9 @@ def bad_range(
 ) -> Range:
     """The rows of the STEPS_BACK + 1 steps up to a bad one.
 
-    Where the run holds no checkpoint from before them, they begin after its oldest one: what was before it
-    is pruned, and a long run is not begun again for the sake of some rows.
+    `checkpoints`: the steps that the run can go back to. Where none is from before those, the rows begin
+    after the oldest one: what was before it is pruned, or another run's, and a long run is not begun again
+    for the sake of some rows.
     """
     first = max(1, judged.step - STEPS_BACK)
     before = [step for step in checkpoints if step < judged.step]

@@ -42,7 +42,7 @@ class Schedule:
                 f"schedule.decay: {schedule.decay} falls towards the run's last step, which nobody knows "
                 'where the data end the run: set run.steps or run.tokens to a guess, or decay = "constant"'
             )
-        if total_steps is not None and warmup > total_steps:
+        if total_steps and warmup > total_steps:
             raise RecipeError(
                 f"schedule.warmup: {schedule.warmup} is {warmup} steps, but the run has {total_steps}"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flame.batch import Batch
+from flame.train.loss import LossModule
 from flame.train.shards import Shards, clip
 
 
@@ -19,6 +20,9 @@ class StepResult:
 
     loss_sum: torch.Tensor  # float64 scalar: cross-entropy over this rank's predicted tokens
     grad_norm: torch.Tensor  # float32 scalar: of the whole model's gradient, before clipping
+    penalty_sum: torch.Tensor | None = (
+        None  # float64 scalar: the z-loss over the same tokens, where there is one
+    )
 
 
 def train_step(
@@ -34,7 +38,7 @@ def train_step(
     """Trains one step in place. `shards` are the model's, and the optimizer's parameters.
 
     `predicted` counts the step's predicted tokens over all ranks; `seed` is (run seed, step). A gradient
-    that is not finite leaves the parameters untouched.
+    that is not finite leaves the parameters and the optimizer's state untouched.
     """
     batches = list(micro_batches)
     losses: list[torch.Tensor] = []
@@ -56,7 +60,8 @@ def train_step(
     update(optimizer, norm)
     shards.updated()
     shards.drop_gradients()
-    return StepResult(torch.stack(losses).double().sum(), norm)
+    penalty = model.take_penalty() if isinstance(model, LossModule) else None
+    return StepResult(torch.stack(losses).double().sum(), norm, penalty)
 
 
 def seed_generators(seed: int, step: int, first_row: int) -> None:
@@ -66,8 +71,8 @@ def seed_generators(seed: int, step: int, first_row: int) -> None:
 
 
 def update(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Steps the optimizer unless `norm` is not finite. On a GPU the fused kernel itself decides, so
-    that the host need not wait."""
+    """Steps the optimizer unless `norm` is not finite. On a GPU the optimizer itself decides, on the device,
+    so that the host need not wait: torch's fused ones, Muon here and the average of the weights all do."""
     if norm.is_cuda:
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -8,17 +8,21 @@ own kernels for that, which keep segments apart, on the GPU, and on `cpu.py`'s e
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
+from flame.models.kernel_platform import gate_per_head_is_wrong
 from flame.models.zoo import fla_module
 
 _layer: Any = fla_module("layers.mamba2")
 _convolution: Any = fla_module("modules.causal_conv1d.ops")
 _ops: Any = fla_module("ops.simple_gla")
+_per_channel: Any = fla_module("ops.gla")
 
 
 def forward(
@@ -75,18 +79,30 @@ def _scan(
         t.unflatten(-1, (self.n_groups, self.ssm_state_size)).repeat_interleave(shared, 2) for t in (b, c)
     )
     one_token = x.shape[1] == 1 and not torch.is_grad_enabled()
+    decay = -self.A_log.float().exp() * step
     scan = _ops.fused_recurrent_simple_gla if one_token else _ops.chunk_simple_gla
+    if torch.is_grad_enabled() and spread_decay(x.device):
+        scan, decay = _per_channel.chunk_gla, decay[..., None].expand_as(queries).contiguous()
     out, state = scan(
         q=queries.to(x.dtype),
         k=keys.to(x.dtype),
         v=(x * step[..., None]).to(x.dtype),
-        g=-self.A_log.float().exp() * step,
+        g=decay,
         scale=1.0,
         initial_state=initial,
         output_final_state=True,
         cu_seqlens=kwargs.get("cu_seqlens"),
     )
     return out + x * self._get_D(expand_to_head_dim=True), state
+
+
+@cache
+def spread_decay(device: torch.device) -> bool:
+    """Whether a head's decay is given to each of its channels: GLA's kernels take it so, where those with
+    one decay a head are wrong."""
+    return device.type == "cuda" and gate_per_head_is_wrong(
+        torch.cuda.get_device_capability(device), triton.__version__
+    )
 
 
 def install() -> None:

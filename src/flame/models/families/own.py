@@ -12,6 +12,10 @@ And, where it likes, `layers` (an `nn.ModuleList` whose items are sharded and co
 layers and convolutions) and the class method `small()` (a small instance for the check below). Its arguments
 come from the JSON object in `[model] config`.
 
+Or `Model` is a `PreTrainedModel` of transformers, whose `config_class` takes the arguments. Its `forward` is
+what transformers expects; flame calls its method `hidden_states` in place of the `forward` above, and its
+`_init_weights` in place of `init_weights`.
+
 Before it trains, an instance on the CPU shows that it keeps packed documents apart.
 """
 
@@ -26,14 +30,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.errors import ModelError
 from flame.models.families.leak import packed_problem
-from flame.models.family import Family
+from flame.models.family import Family, own_rule
 from flame.models.flops import FlopCount, matrix_flops
 
 MODEL_TYPE = "flame_own"
+OWN_FILE = "model.py"  # the code of an own model, beside its exported weights
 CHECKED_PARAMETERS = 300_000_000  # of a model that is built on the CPU to be checked
 
 
@@ -142,7 +147,7 @@ def _build(config: Any) -> nn.Module:
     """The model on the meta device."""
     try:
         with torch.device("meta"):
-            return _class(config.digest)(**config.arguments).float()
+            return _made(_class(config.digest), config.arguments).float()
     except ModelError:
         raise
     except Exception as error:  # a user's code raises whatever it likes
@@ -161,17 +166,64 @@ def _instance(config: OwnConfig, file: Path) -> nn.Module:
             f"{file}: Model has {size:,} parameters, too many to check it on the CPU; give it a class method "
             "small() that returns a small instance of it"
         )
-    return kind(**config.arguments)
+    return _made(kind, config.arguments)
+
+
+def _made(kind: Any, arguments: dict[str, Any]) -> nn.Module:
+    if issubclass(kind, PreTrainedModel):
+        return kind(cast("Any", kind).config_class(**arguments))
+    return kind(**arguments)
 
 
 def _hidden(
     model: nn.Module, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest_segment: int
 ) -> Tensor:
-    return model(tokens, positions, cu_seqlens)
+    call: Any = model if not isinstance(model, PreTrainedModel) else cast("Any", model).hidden_states
+    return call(tokens, positions, cu_seqlens)
+
+
+@torch.no_grad()
+def continued(model: nn.Module, ids: Tensor, tokens: int, temperature: float, seed: int, eos: int) -> Tensor:
+    """The ids, int64 [n], and up to `tokens` more, ending with `eos`; each by a pass over all before it.
+    Of a temperature of 0 the likeliest is taken."""
+    numbers = torch.Generator(ids.device).manual_seed(seed)
+    for _ in range(tokens):
+        length = len(ids)
+        positions = torch.arange(length, device=ids.device)[None]
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
+        states = _hidden(model, ids[None], positions, bounds, length)
+        logits = cast("Any", model).head(states[0, -1]).float()
+        if temperature > 0:
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=numbers)
+        else:
+            chosen = logits.argmax(keepdim=True)
+        ids = torch.cat([ids, chosen])
+        if int(chosen) == eos:
+            break
+    return ids
+
+
+def transformers_config(config: OwnConfig) -> PretrainedConfig | None:
+    """What config.json has to say for transformers' Auto classes to load the model from its file; None where
+    it is no `PreTrainedModel`."""
+    kind = _class(config.digest)
+    if not issubclass(kind, PreTrainedModel):
+        return None
+    written: Any = cast("Any", kind).config_class(**config.arguments)
+    module = Path(OWN_FILE).stem
+    written.auto_map = {
+        "AutoConfig": f"{module}.{type(written).__name__}",
+        "AutoModelForCausalLM": f"{module}.{kind.__name__}",
+    }
+    written.architectures = [kind.__name__]
+    written.arguments = config.arguments
+    return written
 
 
 def _initialize(model: Any, name: str, module: Any) -> None:
-    if hasattr(model, "init_weights"):
+    if isinstance(model, PreTrainedModel):
+        own_rule(model, name, module)
+    elif hasattr(model, "init_weights"):
         model.init_weights(module)
     elif hasattr(module, "reset_parameters"):
         module.reset_parameters()

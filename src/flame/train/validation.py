@@ -1,0 +1,187 @@
+"""Validation: the loss on held out documents at some steps of a run, without a trace in what is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flame.batch import HeldOutBatch
+from flame.errors import DataError
+from flame.parallel.fsdp import reshard
+from flame.schema import Duration
+from flame.train.journal import Journal
+from flame.train.loss import token_losses
+
+
+class RowSet(Protocol):
+    """The validation set, of which this rank has some rows; `flame.data.validation_set` holds one."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Of the whole set, int64 [sources, 4]: tokens, documents, predicted tokens, bytes of their text."""
+        ...
+
+    @property
+    def total_rows(self) -> int:
+        """Of the whole set."""
+        ...
+
+    def batches(self) -> Iterator[HeldOutBatch]:
+        """This rank's micro-batches, as many as on every other rank."""
+        ...
+
+
+class Reader(Protocol):
+    """Who reads the set, beside training."""
+
+    def begin(self) -> None:
+        """Begins to read. May be called again."""
+        ...
+
+    def rows(self) -> RowSet:
+        """The set, waited for. All ranks call it. Raises DataError on all ranks where it cannot be read."""
+        ...
+
+    def failure(self) -> DataError | None:
+        """Why this rank could not read it, as far as it is known already."""
+        ...
+
+
+# What else is done at each validation: (step, tokens) to fields of its event. Called on every rank.
+Follower = Callable[[int, int], dict[str, Any]]
+
+
+class Validation:
+    """Measures the loss of a model on the set, and lets others look at the model."""
+
+    def __init__(
+        self,
+        *,
+        every: Duration,
+        at_start: bool,
+        reader: Reader,
+        model: nn.Module,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        followers: Sequence[Follower] = (),
+    ) -> None:
+        """`model`: with its loss, as `flame.train.loss.LossModule`. `group`: all ranks that hold rows, on the
+        CPU."""
+        self.every, self.at_start = every, at_start
+        self.last_step: int | None = None  # that was validated here
+        self.journal: Journal | None = None  # on rank 0, once the run has begun
+        self._reader, self._model, self._device = reader, model, device
+        self._group, self._followers = group, followers
+
+    def prepare(self) -> None:
+        """Begins to read the set, in the background."""
+        self._reader.begin()
+
+    def failure(self) -> DataError | None:
+        """Why this rank could not read the set, as far as it is known already."""
+        return self._reader.failure()
+
+    def run(self, step: int, tokens: int) -> float:
+        """Validates after a step, on all ranks; the seconds that it took. Raises DataError, on all of them,
+        where the set cannot be read."""
+        if self._device.type == "cuda":  # what is queued still belongs to training
+            torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        rows = self._reader.rows()
+        waited = time.perf_counter() - began
+        more: dict[str, Any] = {}
+        with evaluating(self._model, self._device):
+            sums = loss_sums(self._model, rows, self._device, self._group)
+            for follower in self._followers:
+                more |= follower(step, tokens)
+        seconds = time.perf_counter() - began
+        self.last_step = step
+        figures = {"tokens": tokens, **figures_of(rows, sums)}
+        figures |= {"seconds": round(seconds, 3), "waited_seconds": round(waited, 3), **more}
+        if self.journal is not None:
+            self.journal.validation(figures, step)
+            print(described(step, figures), flush=True)
+        return seconds
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Generator[None]:
+    """Within, the model is in evaluation mode and nothing has a gradient; afterwards all is as it was, the
+    random generators and the sharding, too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        reshard(model)
+
+
+def loss_sums(
+    model: nn.Module, rows: RowSet, device: torch.device, group: dist.ProcessGroup | None
+) -> np.ndarray:
+    """Each source's sum of cross-entropy over the set: float64 [sources], equal on all ranks.
+
+    Each row has sums of its own, which are added in the order of the rows, whichever rank has them: where a
+    row's forward pass does not depend on the layout, nor does the result, to the last bit.
+    """
+    parts: list[tuple[list[int], torch.Tensor]] = []
+    for part in rows.batches():
+        batch = part.batch.to(device)
+        losses: torch.Tensor = model(batch, token_losses)
+        losses = losses.view_as(batch.tokens).double()
+        sources = torch.from_numpy(part.sources).to(device)
+        of_each = [torch.where(sources == i, losses, 0.0).sum(1) for i in range(len(rows.sources))]
+        parts.append((part.rows, torch.stack(of_each, 1)))
+    table = torch.zeros(rows.total_rows, len(rows.sources), dtype=torch.float64)
+    for numbers, sums in parts:
+        real = [i for i, number in enumerate(numbers) if number >= 0]
+        table[[numbers[i] for i in real]] = sums.cpu()[real]
+    if group is not None:
+        dist.all_reduce(table, group=group)
+    return table.numpy().sum(axis=0)
+
+
+def figures_of(rows: RowSet, sums: np.ndarray) -> dict[str, Any]:
+    """Loss per predicted token and bits per byte, in all and of each source.
+
+    Bits per byte: the loss of all predicted tokens in bits, EOS among them, over the UTF-8 bytes of the text
+    that these tokens stand for; None where they stand for none.
+    """
+    figures = _figures(float(sums.sum()), *rows.counts.sum(axis=0).tolist())
+    counted = zip(rows.sources, sums.tolist(), rows.counts.tolist(), strict=True)
+    return figures | {"sources": {name: _figures(total, *counts) for name, total, counts in counted}}
+
+
+def _figures(total: float, tokens: int, documents: int, predicted: int, text_bytes: int) -> dict[str, Any]:
+    return {
+        "loss": total / predicted if predicted else None,
+        "bits_per_byte": total / math.log(2) / text_bytes if text_bytes else None,
+        "predicted": predicted,
+        "bytes": text_bytes,
+        "documents": documents,
+    }
+
+
+def described(step: int, figures: dict[str, Any]) -> str:
+    """A validation in a line."""
+    loss, bits = figures["loss"], figures["bits_per_byte"]
+    text = f"validation after step {step}: loss {'none' if loss is None else f'{loss:.4f}'}"
+    if bits is not None:
+        text += f", {bits:.4f} bits per byte"
+    return f"{text}, {figures['seconds']:.1f} s"
