@@ -57,7 +57,8 @@ class Skipped:
     def from_json(cls, raw: Iterable[dict[str, Any]]) -> Skipped:
         """Raises KeyError, TypeError or ValueError where it is something else."""
         pairs = ("rows", "data_steps", "steps")
-        return cls(tuple(Range(**{**r, **{name: _pair(r[name]) for name in pairs}}) for r in raw))
+        found: list[dict[str, Any]] = [{**r, **{name: _pair(r[name]) for name in pairs}} for r in raw]
+        return cls(tuple(Range(**fields) for fields in found))
 
     def trained(self, steps: range) -> list[int]:
         """The data steps that trained steps (here from 0) are made of."""
