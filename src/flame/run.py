@@ -45,9 +45,10 @@ from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
 from flame.train.keeping import read_record, remove_leftovers, step_directory
 from flame.train.loop import Job, Progress, train
 from flame.train.metrics import Meter, Screen
-from flame.train.rollback import Guard, RolledBack, RowsLeft, Skipped, inherit, set_aside
+from flame.train.rollback import RolledBack, RowsLeft, Skipped, inherit, set_aside
 from flame.train.schedule import Schedule
 from flame.train.validation import Validation
+from flame.watching import guard_of, pace_of, replicas_of
 
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
@@ -301,14 +302,6 @@ def make_meter(
     )
 
 
-def make_guard(
-    recipe: Recipe, world: World, data: Data, saved: Saved, skipped: Skipped, checkpointer: Checkpointer
-) -> Guard:
-    """Who watches the steps."""
-    history, begun = saved.progress.health, 0 if saved.resumed else saved.progress.step
-    return Guard.of(recipe.recovery, checkpointer, world.control, data.plan, skipped, history, begun)
-
-
 def make_job(
     recipe: Recipe,
     world: World,
@@ -330,6 +323,7 @@ def make_job(
     exporter = exporter_of(recipe, world.rank)
     keeping = recipe.checkpoint.keep, recipe.checkpoint.keep_every
     checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping, exporter)
+    health, begun = saved.progress.health, 0 if saved.resumed else saved.progress.step
 
     def data_record(state: DataState) -> dict[str, Any]:
         return {**state.to_json(), "skipped_rows": skipped.to_json()}
@@ -357,7 +351,9 @@ def make_job(
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         progress=saved.progress,
-        guard=make_guard(recipe, world, data, saved, skipped, checkpointer),
+        guard=guard_of(recipe, world, data.plan, skipped, checkpointer, health=health, begun=begun),
+        replicas=replicas_of(recipe, world, guest, checkpointer),
+        pace=pace_of(recipe, world, guest),
         beginning=None if saved.resumed else data_record(start),
         should_stop=stop,
         check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),

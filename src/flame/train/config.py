@@ -246,6 +246,25 @@ class RecoveryConfig:
     )
     save_seconds: float = setting(1800.0, help="the same while ranks wait for a checkpoint", identity=False)
     validation_seconds: float = setting(3600.0, help="the same during a validation", identity=False)
+    check_replicas: Duration | None = setting(
+        None,
+        help='"100 steps": so often and before each save compare the copies of the parameters that there are '
+        "with parallel.replicate; where they differ, name the rank and go back; left out: never",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    straggler_factor: float = setting(
+        1.5,
+        help="a rank that needs so many times the others' median for its own forward passes and data is "
+        "named in an event; 0: none",
+        identity=False,
+    )
+    straggler_window: Duration = setting(
+        Duration(50, "steps"),
+        help="over which ranks are compared so",
+        identity=False,
+        parse=parse_duration("steps"),
+    )
 
 
 @dataclass

@@ -60,11 +60,15 @@ class Health:
         group: dist.ProcessGroup,
         stage_of: Callable[[int], int],
         history: dict[str, Any],
+        *,
+        counts_loss: bool = True,
     ) -> None:
         """`stage_of` a data step: losses of two stages are not compared. `history`: what a checkpoint
-        holds of `history()`; empty for a fresh run."""
+        holds of `history()`; empty for a fresh run. `counts_loss`: of ranks that hold the same loss one
+        adds it."""
         self._config = config
         self._group = group
+        self._counts_loss = counts_loss
         self._stage_of = stage_of
         self._stage: int | None = history.get("stage")
         self._losses: deque[float] = deque(history.get("losses", ()), maxlen=LOSSES)
@@ -79,7 +83,7 @@ class Health:
         """Takes note of a step just begun; waits for those before it."""
         for before in self._pending:
             self._sum(before)
-        values = torch.stack([result.loss_sum.double(), result.grad_norm.double()])
+        values = torch.stack([result.loss_sum.double() * self._counts_loss, result.grad_norm.double()])
         copied = None
         if values.is_cuda:
             host = torch.empty(2, dtype=torch.float64, pin_memory=True)

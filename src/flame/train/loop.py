@@ -25,6 +25,8 @@ from flame.train.heartbeat import heart
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
 from flame.train.optimizer import set_learning_rate
+from flame.train.pace import Pace
+from flame.train.replicas import Replicas
 from flame.train.rollback import Guard
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
@@ -95,6 +97,8 @@ class Job:
     rank: int
     progress: Progress
     guard: Guard  # against bad steps
+    replicas: Replicas | None  # of several copies of the model
+    pace: Pace | None  # of several ranks
     beginning: dict[str, Any] | None  # data.json before the first step, where no checkpoint holds it yet
 
     should_stop: Callable[[], bool]
@@ -161,6 +165,8 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         job.meter.count(agreed, result, trained.wait_seconds)
         job.guard.health.count(step, trained.step, agreed.counts.predicted, result)
         heart().finish()
+        if job.pace is not None:
+            job.pace.count(step, trained.wait_seconds)
 
         # while the device works: the next step's rows, and the exchange about them
         if not is_last(job, step):
@@ -173,6 +179,8 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
+        if job.replicas is not None and crossed(job.replicas.every, job.progress, tokens_before):
+            job.replicas.check(step)
         problem = validate(job, tokens_before)
         if problem is not None:
             return leave(job, trained, problem)
@@ -311,6 +319,8 @@ def save(job: Job, trained: StepRows) -> None:
     """Begins a checkpoint of the step just made, if that was sound. All ranks call it at the same step."""
     heart().enter("saving", job.progress.step + 1)
     job.guard.check(all_steps=True)
+    if job.replicas is not None:
+        job.replicas.check(job.progress.step)
     job.progress.health = job.guard.health.history()
     job.progress.updates_skipped = job.meter.updates_skipped()
     state = job.agreement.sum_state(trained.state)

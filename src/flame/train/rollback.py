@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import orjson
-import torch.distributed as dist
 
 from flame.batch import Skip, StepRows
-from flame.data.plan import DataPlan
 from flame.errors import CheckpointError, TrainingError
-from flame.train.checkpoint import Checkpointer
-from flame.train.config import RecoveryConfig
 from flame.train.health import Health, Judged
 from flame.train.journal import event, replace_file
 from flame.train.keeping import STEPS_BACK, read_record, saved_steps, step_directory
@@ -162,30 +158,6 @@ class Guard:
     most: int  # rollbacks
     wait: Callable[[], None]  # for the save under way
     begun: int  # the step that a run without a checkpoint of its own goes back to
-
-    @classmethod
-    def of(
-        cls,
-        config: RecoveryConfig,
-        checkpointer: Checkpointer,
-        group: dist.ProcessGroup,
-        plan: DataPlan,
-        skipped: Skipped,
-        history: dict[str, Any],
-        begun: int,
-    ) -> Guard:
-        """For this rank of the run that `checkpointer` saves; `history` as for `Health`."""
-        health = Health(config, group, lambda step: plan.stage_number(plan.window_at(step)[0]), history)
-        return cls(
-            run=checkpointer.run,
-            rank=dist.get_rank(group),
-            health=health,
-            skipped=skipped,
-            first_row=plan.first_row,
-            most=config.max_rollbacks,
-            wait=checkpointer.wait,
-            begun=begun,
-        )
 
     def check(self, *, all_steps: bool = False) -> None:
         """Looks at the steps that are known by now. All ranks call it at the same steps.

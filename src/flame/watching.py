@@ -1,0 +1,66 @@
+"""Who watches the steps of a run: for bad ones, for copies of the model that differ, and for slow ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flame.data.plan import DataPlan
+from flame.guest import Guest
+from flame.parallel.mesh import resolve_layout
+from flame.parallel.world import World
+from flame.recipe import Recipe
+from flame.train.checkpoint import Checkpointer
+from flame.train.health import Health
+from flame.train.pace import Pace
+from flame.train.replicas import Replicas
+from flame.train.rollback import Guard, Skipped
+
+
+def guard_of(
+    recipe: Recipe,
+    world: World,
+    plan: DataPlan,
+    skipped: Skipped,
+    checkpointer: Checkpointer,
+    *,
+    health: dict[str, Any],
+    begun: int,
+) -> Guard:
+    """Against bad steps. `health`: what a checkpoint holds of it. `begun`: the step that a run without a
+    checkpoint of its own goes back to."""
+
+    def stage_of(step: int) -> int:
+        return plan.stage_number(plan.window_at(step)[0])
+
+    return Guard(
+        run=recipe.directory,
+        rank=world.rank,
+        health=Health(recipe.recovery, world.control, stage_of, health),
+        skipped=skipped,
+        first_row=plan.first_row,
+        most=recipe.recovery.max_rollbacks,
+        wait=checkpointer.wait,
+        begun=begun,
+    )
+
+
+def replicas_of(recipe: Recipe, world: World, guest: Guest, checkpointer: Checkpointer) -> Replicas | None:
+    """For the copies of the model, where that is asked for and there are several."""
+    every = recipe.recovery.check_replicas
+    if every is None:
+        return None
+    if resolve_layout(recipe.parallel, world.size).replicate == 1:
+        if world.rank == 0:
+            print("note: recovery.check_replicas: with parallel.replicate = 1 there is nothing to compare")
+        return None
+    most, wait = recipe.recovery.max_rollbacks, checkpointer.wait
+    return Replicas(recipe.directory, guest.shards, world.control, every=every, most=most, wait=wait)
+
+
+def pace_of(recipe: Recipe, world: World, guest: Guest) -> Pace | None:
+    """For slow ranks, where there are several ranks."""
+    factor, window = recipe.recovery.straggler_factor, int(recipe.recovery.straggler_window.amount)
+    if world.size == 1 or factor <= 0:
+        return None
+    blocks = [block for _, block in guest.family.blocks(guest.model)]
+    return Pace(recipe.directory, world.control, world.device, blocks, window=window, factor=factor)
