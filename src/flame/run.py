@@ -42,9 +42,10 @@ from flame.train.checkpoint import Checkpointer, load_tensors, newest_sound
 from flame.train.exporter import remove_unfinished
 from flame.train.groups import FILE as GROUPS_FILE
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
-from flame.train.keeping import read_record, remove_leftovers, step_directory
+from flame.train.keeping import read_record, remove_leftovers, saved_steps, step_directory
 from flame.train.loop import Job, Progress, train
 from flame.train.metrics import Meter, Screen
+from flame.train.mirror import Mirror
 from flame.train.rollback import RolledBack, RowsLeft, Skipped, inherit, set_aside
 from flame.train.schedule import Schedule
 from flame.train.validation import Validation
@@ -80,8 +81,17 @@ def take_directory(recipe: Recipe, held: list[RunLock]) -> None:
     """Rank 0 makes the run directory its own."""
     held.append(RunLock(recipe.directory))
     refuse_other_run(recipe)
+    mirror = mirror_of(recipe)
+    if mirror is not None and not saved_steps(recipe.directory):
+        mirror.fetch(lambda: refuse_other_run(recipe))
     remove_leftovers(recipe.directory)
     remove_unfinished(recipe.directory)
+
+
+def mirror_of(recipe: Recipe) -> Mirror | None:
+    """Who keeps a copy of the checkpoints elsewhere, where that is asked for."""
+    url = recipe.checkpoint.upload
+    return None if url is None else Mirror(recipe.directory, url)
 
 
 def quiet_other_ranks(recipe: Recipe, world: World) -> None:
@@ -142,6 +152,7 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
                 return train(job)
             except RolledBack:
                 job.exporter.abandon()
+                job.checkpointer.uploaded()
                 return None
         finally:
             if journal is not None and screen is not None:
@@ -322,7 +333,8 @@ def make_job(
     start = nothing_read if saved.data is None else saved.data
     exporter = exporter_of(recipe, world.rank)
     keeping = recipe.checkpoint.keep, recipe.checkpoint.keep_every
-    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping, exporter)
+    mirror = mirror_of(recipe) if world.rank == 0 else None
+    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping, exporter, mirror)
     health, begun = saved.progress.health, 0 if saved.resumed else saved.progress.step
 
     def data_record(state: DataState) -> dict[str, Any]:

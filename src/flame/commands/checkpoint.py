@@ -73,7 +73,7 @@ def prune_locked(path: Path, keep: int, every: Duration | None, *, rolled_back: 
         raise CheckpointError(
             f"{path}: none of its checkpoints is whole, so none is deleted; verify says why"
         )
-    gone = prune(path, keep, every, spare=[whole])
+    gone: list[int | str] = [*prune(path, keep, every, spare=[whole])]
     for folder in beside(path):
         if folder.name.endswith(".partial") or (rolled_back and ".rolled-back" in folder.name):
             shutil.rmtree(folder)

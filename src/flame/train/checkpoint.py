@@ -31,6 +31,7 @@ from flame.schema import Duration
 from flame.train.exporter import Exporter
 from flame.train.journal import event, replace_file, sync_directory
 from flame.train.keeping import MANIFEST, prune, saved_steps, step_directory
+from flame.train.mirror import Mirror
 from flame.train.shards import Shards
 
 FORMAT = 1  # of the files above; older ones are brought up by named migrations
@@ -112,10 +113,13 @@ class Checkpointer:
         keep: int,
         keep_every: Duration | None = None,
         exporter: Exporter | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        """`exporter`: is told of what was saved, and keeps what it needs from being deleted."""
+        """`exporter` and `mirror` (on rank 0): are told of what was saved, and keep what they need from being
+        deleted."""
         self.run = run
         self._exporter = exporter
+        self._mirror = mirror
         self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
         self._rank = dist.get_rank(group)
         self._keep = keep, keep_every
@@ -151,6 +155,11 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    def uploaded(self, seconds: float | None = None) -> None:
+        """Waits for the upload under way, so many seconds at most."""
+        if self._mirror is not None:
+            self._mirror.wait(seconds)
+
     def _write(self, step: int, staged: Tensors, records: Records, pause: float) -> None:
         began = time.monotonic()
         final = step_directory(self.run, step)
@@ -177,8 +186,10 @@ class Checkpointer:
             event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
             if self._exporter is not None:
                 self._exporter.committed(step)
-            held = self._exporter.held() if self._exporter is not None else ()
-            prune(self.run, *self._keep, spare=held)
+            users = [user for user in (self._exporter, self._mirror) if user is not None]
+            gone = prune(self.run, *self._keep, spare=set[int]().union(*(user.held() for user in users)))
+            if self._mirror is not None:
+                self._mirror.committed(gone)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives on every rank; CheckpointError on all where it fails on any."""

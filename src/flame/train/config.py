@@ -210,6 +210,12 @@ class CheckpointConfig:
         identity=False,
         parse=parse_duration("steps", "tokens"),
     )
+    upload: str | None = setting(
+        None,
+        help="a URL that fsspec knows, such as s3://bucket/run: checkpoints are copied there beside "
+        "training, and a start without any in its run directory fetches the newest",
+        identity=False,
+    )
 
 
 @dataclass

@@ -54,15 +54,13 @@ def kept(steps: list[int], keep: int, tokens: dict[int, int], every: Duration | 
     return stay
 
 
-def prune(
-    run: Path, keep: int, every: Duration | None = None, *, spare: Collection[int] = ()
-) -> list[int | str]:
+def prune(run: Path, keep: int, every: Duration | None = None, *, spare: Collection[int] = ()) -> list[int]:
     """Deletes the checkpoints that do not stay, but for the steps `spare`, and those that a newer one of the
     same step replaced; the steps deleted."""
     steps = saved_steps(run)
     tokens = {step: _tokens(run, step) for step in steps} if every and every.unit == "tokens" else {}
     stay = kept(steps, keep, tokens, every) | set(spare)
-    gone: list[int | str] = []
+    gone: list[int] = []
     for step in steps:
         if step not in stay:
             _delete(step_directory(run, step))

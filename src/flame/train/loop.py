@@ -24,6 +24,7 @@ from flame.train.exporter import Exporter
 from flame.train.heartbeat import heart
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
+from flame.train.mirror import STOP_SECONDS
 from flame.train.optimizer import set_learning_rate
 from flame.train.pace import Pace
 from flame.train.replicas import Replicas
@@ -335,6 +336,7 @@ def begin_checkpoint(job: Job, data_record: dict[str, Any]) -> None:
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
     """Saves what was trained and stops before the next step."""
     save_last(job, trained)
+    job.checkpointer.uploaded(STOP_SECONDS)
     job.exporter.abandon()
     if problem is not None:
         raise problem
@@ -350,6 +352,7 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     if problem is not None:
         raise problem
     job.exporter.finish(job.progress.step)
+    job.checkpointer.uploaded()
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
         print(f"done after step {job.progress.step}: {why}", flush=True)
