@@ -48,3 +48,14 @@ def test_the_loader_is_compared_in_processes_that_resume_and_share_rows(tmp_path
     assert loader["tokens_per_second"] > 0
     assert [part["exact"] for part in loader["resume"].values()] == [True, True]
     assert loader["same_rows_on_two_ranks"] == loader["resumed_on_two_ranks"] == "yes"
+
+
+def test_a_short_campaign_of_faults_loses_nothing_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "faults.py"), "--folder", str(tmp_path)]
+    for faults, kinds in ((2, "kill,crash_in_save"), (4, "corrupt,disk_full")):
+        options = ["--faults", str(faults), "--kinds", kinds]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr
+    found = {row["kind"]: row for row in json.loads(done.stdout)["faults"]}
+    assert found.keys() == {"kill", "crash_in_save", "corrupt", "disk_full"}
+    assert all(row["survived"] == row["count"] == 1 for row in found.values()), found

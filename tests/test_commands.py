@@ -33,7 +33,7 @@ def test_status_says_how_far_a_run_is(write_recipe, tmp_path: Path, capsys) -> N
     assert counted["tokens"] == last["tokens"]
     assert (counted["documents"], counted["cut"]) == (last["documents"], last["documents_cut"])
     assert lines["source"].startswith(f"python: {last['tokens']:,} tokens, {last['documents']} documents (")
-    assert lines["checkpoints"] == "step 8, step 9"
+    assert lines["checkpoints"] == "step 4, step 8, step 9"
     assert lines["events"] == "checkpoint_saved 3, done 1, start 1"
 
 

@@ -24,7 +24,7 @@ from flame.models import cpu
 from flame.models.build import build_on_meta, initialize
 from flame.models.registry import family_of, load_config
 from flame.recipe import Recipe, read_recipe
-from flame.train.checkpoint import saved_steps, step_directory
+from flame.train.keeping import saved_steps, step_directory
 from flame.train.loss import LossModule
 from flame.train.saved_tensors import SavedTensors
 

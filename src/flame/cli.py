@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
         return int(call(options))
     except FlameError as error:
         print(f"flame: {error}", file=sys.stderr)
-        return Exit.WRONG_INPUT
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DONE
@@ -70,6 +70,7 @@ def make_parser() -> Parser:
         add_eval,
         add_status,
         add_report,
+        add_checkpoint,
         add_models,
         add_kernels,
         add_doctor,
@@ -125,7 +126,7 @@ def add_data(commands: Any) -> None:
     data = commands.add_parser("data", help=summary, description=summary, allow_abbrev=False)
     data_commands: Any = data.add_subparsers(required=True, metavar="COMMAND")
     summary = "the rows of some steps, as training reads them"
-    takes = ("recipe", "flags", "steps", "ranks", "split", "json")
+    takes = ("recipe", "flags", "steps", "ranks", "split", "run", "json")
     preview = add_command(data_commands, "preview", summary, ("preview", "preview"), takes)
     preview.add_argument("recipe", metavar="RECIPE.toml")
     preview.add_argument("--steps", default="0:1", metavar="A:B", help="from A up to B; steps count from 0")
@@ -136,6 +137,7 @@ def add_data(commands: Any) -> None:
         default="train",
         help="validation: what is held out (default: %(default)s)",
     )
+    preview.add_argument("--run", metavar="RUN", help="pass over the rows that this run skips")
     preview.add_argument("--json", action="store_true", help="one JSON object a step")
     schema.add_flags(preview, Recipe)
     summary = "read every record once: counts, lengths, bad records, duplicates"
@@ -252,6 +254,24 @@ def add_report(commands: Any) -> None:
     report = add_command(commands, "report", summary, ("report", "report"), ("run", "to"))
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="FILE", help="the page (default: RUN/report.html)")
+
+
+def add_checkpoint(commands: Any) -> None:
+    summary = "a run's checkpoints: list, verify, prune"
+    checkpoint = commands.add_parser("checkpoint", help=summary, description=summary, allow_abbrev=False)
+    checkpoint_commands: Any = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    summary = "steps, tokens, sizes and dates"
+    listing = add_command(checkpoint_commands, "list", summary, ("checkpoint", "show"), ("run",))
+    summary = "read every file and compare it with its manifest; exit code 1 where one is damaged"
+    verify = add_command(checkpoint_commands, "verify", summary, ("checkpoint", "verify"), ("run", "step"))
+    verify.add_argument("--step", type=int, metavar="N", help="this one alone (default: all)")
+    summary = "delete those that the recipe does not keep, never the newest whole one"
+    takes = ("run", "keep", "rolled_back")
+    prune = add_command(checkpoint_commands, "prune", summary, ("checkpoint", "prune_run"), takes)
+    prune.add_argument("--keep", type=int, metavar="N", help="newest ones (default: checkpoint.keep)")
+    prune.add_argument("--rolled-back", action="store_true", help="also those that a rollback set aside")
+    for command in (listing, verify, prune):
+        command.add_argument("run", metavar="RUN")
 
 
 def add_models(commands: Any) -> None:

@@ -20,8 +20,10 @@ class Exit(IntEnum):
 class FlameError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do.
 
-    Commands print the message alone and exit with code 1.
+    Commands print the message alone and exit with `exit_code`.
     """
+
+    exit_code = Exit.WRONG_INPUT
 
 
 class RecipeError(FlameError):
@@ -38,6 +40,12 @@ class ModelError(FlameError):
 
 class CheckpointError(FlameError):
     """A checkpoint or a run directory that cannot be used."""
+
+
+class TrainingError(FlameError):
+    """Training that has failed past its recovery budget: starting again would not help."""
+
+    exit_code = Exit.FAILED
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

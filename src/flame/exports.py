@@ -11,8 +11,9 @@ from flame.errors import CheckpointError
 from flame.models.export import DTYPES, SHARD_BYTES, export, exported_step
 from flame.origin import kept_generation_config, model_config
 from flame.recipe import Recipe
-from flame.train.checkpoint import problems, step_directory
+from flame.train.checkpoint import problems
 from flame.train.exporter import AT_END, Exporter
+from flame.train.keeping import step_directory
 from flame.train.saved_tensors import SavedTensors
 
 

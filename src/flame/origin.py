@@ -20,8 +20,9 @@ from flame.models.registry import load_config
 from flame.models.weights import find_weights, open_weights
 from flame.parallel.world import World
 from flame.recipe import FILE, Recipe, run_recipe, split_start
-from flame.train.checkpoint import load_tensors, read_record, saved_steps, shared_problem, step_directory
+from flame.train.checkpoint import load_tensors, shared_problem
 from flame.train.journal import event
+from flame.train.keeping import read_record, saved_steps, step_directory
 from flame.train.saved_tensors import SavedTensors
 from flame.train.shards import Shards
 

@@ -22,6 +22,7 @@ from flame.train.config import (
     LoggingConfig,
     LossConfig,
     OptimizerConfig,
+    RecoveryConfig,
     RunConfig,
     ScheduleConfig,
 )
@@ -46,6 +47,7 @@ class Recipe:
     memory: MemoryConfig = section(MemoryConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     validation: ValidationConfig = section(ValidationConfig)
+    recovery: RecoveryConfig = section(RecoveryConfig)
     export: ExportConfig = section(ExportConfig)
     logging: LoggingConfig = section(LoggingConfig)
 

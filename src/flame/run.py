@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,12 @@ import torch.distributed as dist
 
 from flame import schema
 from flame.batch import Counts
-from flame.data.catalog import Catalog, check_skipped, fingerprint, open_catalog
-from flame.data.changes import rejoin
+from flame.data.catalog import check_skipped
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
 from flame.environment import device_name, environment
-from flame.errors import DataError, Exit, ModelError
+from flame.errors import Exit
 from flame.exports import export_finished, exporter_of
 from flame.guest import Guest, build_guest
 from flame.held_out import make_validation
@@ -32,29 +31,26 @@ from flame.kernels import fresh_micro_batch_rows, kernels_of, rehearse, shapes_o
 from flame.models.flops import peak_flops
 from flame.models.kernel_platform import check_kernels
 from flame.models.kernels import Tuner
-from flame.models.matching import config_record, differing
-from flame.origin import begin_with, check_origin, in_words, model_config
+from flame.models.matching import config_record
+from flame.origin import in_words, model_config
 from flame.parallel.context import PartOfRows
-from flame.parallel.mesh import Layout
 from flame.parallel.world import World, join_world
 from flame.recipe import FILE, Recipe, refuse_other_run
+from flame.resuming import Data, Saved, begin_anew, load_saved, open_data, rejoin_data
 from flame.train.agreement import Agreement
-from flame.train.checkpoint import (
-    Checkpointer,
-    load_tensors,
-    newest_sound,
-    read_record,
-    remove_leftovers,
-    step_directory,
-)
+from flame.train.checkpoint import Checkpointer, newest_sound
 from flame.train.exporter import remove_unfinished
 from flame.train.groups import FILE as GROUPS_FILE
 from flame.train.journal import Journal, RunLock, SkipLog, event, replace_file
-from flame.train.loop import Job, Progress, train
+from flame.train.keeping import remove_leftovers, saved_steps
+from flame.train.loop import Job, train
 from flame.train.metrics import Meter, Screen
+from flame.train.mirror import Mirror
+from flame.train.rollback import RolledBack, RowsLeft, Skipped, set_aside
 from flame.train.schedule import Schedule
 from flame.train.trackers import Trackers
 from flame.train.validation import Validation
+from flame.watching import guard_of, pace_of, replicas_of
 
 
 def work(stop: Callable[[], bool], recipe_text: str) -> int:
@@ -66,7 +62,8 @@ def work(stop: Callable[[], bool], recipe_text: str) -> int:
     world.from_rank_zero(lambda: take_directory(recipe, held))
     quiet_other_ranks(recipe, world)
     with kernels_of(world, recipe.directory) as tuner:
-        code = run_rank(recipe, world, stop, tuner)
+        while (code := run_rank(recipe, world, stop, tuner)) is None:
+            gc.collect()  # the next model needs the memory of this one
     dist.destroy_process_group()
     for lock in held:
         lock.release()
@@ -85,8 +82,17 @@ def take_directory(recipe: Recipe, held: list[RunLock]) -> None:
     """Rank 0 makes the run directory its own."""
     held.append(RunLock(recipe.directory))
     refuse_other_run(recipe)
+    mirror = mirror_of(recipe)
+    if mirror is not None and not saved_steps(recipe.directory):
+        mirror.fetch(lambda: refuse_other_run(recipe))
     remove_leftovers(recipe.directory)
     remove_unfinished(recipe.directory)
+
+
+def mirror_of(recipe: Recipe) -> Mirror | None:
+    """Who keeps a copy of the checkpoints elsewhere, where that is asked for."""
+    url = recipe.checkpoint.upload
+    return None if url is None else Mirror(recipe.directory, url)
 
 
 def quiet_other_ranks(recipe: Recipe, world: World) -> None:
@@ -102,20 +108,22 @@ def quiet_other_ranks(recipe: Recipe, world: World) -> None:
     os.close(log)
 
 
-def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit:
-    """Builds data and model, loads what was saved, and trains."""
+def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tuner | None) -> Exit | None:
+    """Builds data and model, loads what was saved, and trains. None where the run has gone back before a
+    bad step and goes on from there."""
     config = model_config(recipe)
     for note in check_kernels([config.model_type], world.device):
         if world.rank == 0:
             print(note, flush=True)
     data = open_data(recipe, world)
     guest = build_guest(recipe, world, data.catalog, config)
+    skipped = world.from_rank_zero(lambda: set_aside(recipe.directory))
     step = newest_sound(recipe.directory, world.checkpoint)
     if step is not None:
         data, state = rejoin_data(recipe, world, data, recipe.directory, step)
         saved = load_saved(recipe, world, guest, state, step)
     else:
-        data, saved = begin_anew(recipe, world, guest, data)
+        data, saved, skipped = begin_anew(recipe, world, guest, data, skipped)
     total = recipe.total_steps
     if saved.resumed and total is not None and saved.progress.step >= total:
         if world.rank == 0:
@@ -144,53 +152,19 @@ def run_rank(recipe: Recipe, world: World, stop: Callable[[], bool], tuner: Tune
     data_rank, data_ranks = guest.place.data, guest.layout.data_ranks
     with Loader(data.catalog, data.plan, data_rank, data_ranks, rows, saved.data) as loader:
         try:
-            job = make_job(recipe, world, stop, guest, data, saved, loader, rows, journal, screen, validation)
-            return train(job)
+            job = make_job(
+                recipe, world, stop, guest, data, saved, skipped, loader, rows, journal, screen, validation
+            )
+            try:
+                return train(job)
+            except RolledBack:
+                job.exporter.abandon()
+                job.checkpointer.uploaded()
+                return None
         finally:
             if journal is not None and screen is not None:
                 screen.close()
                 journal.close()
-
-
-# ---------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Data:
-    """What every rank knows of the data."""
-
-    plan: DataPlan
-    catalog: Catalog
-    fingerprint: dict[str, Any]
-
-
-def open_data(recipe: Recipe, world: World) -> Data:
-    """Rank 0 looks at the files; the others are told."""
-    plan = recipe.plan
-
-    def look() -> tuple[Catalog, dict[str, Any]]:
-        catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
-        return catalog, fingerprint(catalog, plan)
-
-    catalog, seal = world.from_rank_zero(look)
-    return Data(plan, catalog, seal)
-
-
-def rejoin_data(recipe: Recipe, world: World, data: Data, run: Path, step: int) -> tuple[Data, DataState]:
-    """The data as a run (this one, or one that it branches off) knows them, and its place in them. Raises
-    DataError where they are others."""
-    state = DataState.from_json(read_record(run, step, "data.json"))
-
-    def look() -> tuple[Data, DataState]:
-        try:
-            found = rejoin(data.catalog, data.plan, state, accept=recipe.data.accept_changed_sources)
-        except DataError as error:
-            raise DataError(f"{run} was started with other data: {error}") from None
-        if found.changes:
-            event(recipe.directory, "sources_changed", step=step, changes=found.changes)
-        return Data(data.plan, found.catalog, fingerprint(found.catalog, data.plan)), found.state
-
-    return world.from_rank_zero(look)
 
 
 def micro_batch_rows(
@@ -206,55 +180,6 @@ def micro_batch_rows(
         return saved.micro_batch_rows
     stages = guest.stages.count if guest.stages is not None else 0
     return fresh_micro_batch_rows(recipe, plan, guest.layout.data_ranks, device, stages)
-
-
-# -------------------------------------------------------------------------------------- resume
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a checkpoint says besides its tensors; a fresh run's is empty."""
-
-    progress: Progress = field(default_factory=Progress)
-    data: DataState | None = None
-    micro_batch_rows: list[int] | None = None  # for each stage of the data
-    layout: Layout | None = None
-    origin: dict[str, Any] | None = None  # what the run began with, other than fresh weights
-    resumed: bool = False  # from a checkpoint of its own
-
-
-def load_saved(recipe: Recipe, world: World, guest: Guest, state: DataState, step: int) -> Saved:
-    """Loads a checkpoint. Raises FlameError where it belongs to another model."""
-    train_record = read_record(recipe.directory, step, "train.json")
-    origin = train_record.pop("origin", None)
-    check_origin(recipe, origin)
-    extra = {key: train_record.pop(key, None) for key in ("micro_batch_rows", "ranks", "layout", "model")}
-    for name, old, new in differing(extra["model"], config_record(guest.config)):
-        raise ModelError(
-            f"{recipe.directory} was started with another model: {name} is {old!r} there and {new!r} "
-            f"in {recipe.model.module or recipe.model.config or recipe.model.init_from}"
-        )
-    path = step_directory(recipe.directory, step)
-    load_tensors(guest.model, guest.shards, guest.optimizer, path, world.checkpoint)
-    layout = saved_layout(extra)
-    return Saved(Progress(**train_record), state, extra["micro_batch_rows"], layout, origin, True)
-
-
-def saved_layout(record: dict[str, Any]) -> Layout | None:
-    """The layout that a checkpoint was saved on; older runs wrote down their ranks alone."""
-    return Layout(**record["layout"]) if record.get("layout") else None
-
-
-def begin_anew(recipe: Recipe, world: World, guest: Guest, data: Data) -> tuple[Data, Saved]:
-    """What a run without a checkpoint of its own begins with: fresh weights, given ones, or another run's.
-    Raises FlameError."""
-    origin, trunk = begin_with(recipe, world, guest.config, guest.model, guest.shards, guest.optimizer)
-    if trunk is None:
-        return data, Saved(origin=origin)
-    data, state = rejoin_data(recipe, world, data, trunk.run, trunk.step)
-    record = read_record(trunk.run, trunk.step, "train.json")
-    progress = Progress(**{f.name: record[f.name] for f in fields(Progress) if f.name in record})
-    return data, Saved(progress, state, record["micro_batch_rows"], saved_layout(record), origin)
 
 
 # ------------------------------------------------------------------------------------ assembly
@@ -295,6 +220,33 @@ def begin_trackers(recipe: Recipe, world: World, saved: Saved) -> Trackers | Non
     return begun[0] if begun else None
 
 
+def make_meter(
+    world: World,
+    guest: Guest,
+    data: Data,
+    saved: Saved,
+    journal: Journal | None,
+    screen: Screen | None,
+) -> Meter:
+    """Who counts the steps."""
+    per = guest.family.flops(guest.config)
+    peak = peak_flops(device_name(world.device), guest.compute)
+
+    def flops(counts: Counts) -> float:
+        return per.per_token * counts.tokens + per.per_pair * counts.attended
+
+    return Meter(
+        flops=flops,
+        peak_flops=peak * world.size if peak is not None else None,
+        device=world.device,
+        updates_skipped=saved.progress.updates_skipped,
+        sources=[source.name for source in data.catalog.sources],
+        journal=journal,
+        screen=screen,
+        counts_loss=guest.place.tensor == 0,
+    )
+
+
 def make_job(
     recipe: Recipe,
     world: World,
@@ -302,6 +254,7 @@ def make_job(
     guest: Guest,
     data: Data,
     saved: Saved,
+    skipped: Skipped,
     loader: Loader,
     rows: list[int],
     journal: Journal | None,
@@ -309,16 +262,19 @@ def make_job(
     validation: Validation | None,
 ) -> Job:
     """Puts the pieces into the loop's hands."""
-    per = guest.family.flops(guest.config)
-    peak = peak_flops(device_name(world.device), guest.compute)
-    exporter = exporter_of(recipe, world.rank)
     columns, lanes = loader.columns, data.plan.lanes
     nothing_read = DataState(0, np.zeros((lanes, len(columns)), np.int64), columns, data.fingerprint)
     start = nothing_read if saved.data is None else saved.data
     context = guest.meshes.context if guest.meshes is not None else None
+    reader = loader if context is None else PartOfRows(loader, context, recipe.parallel.context_method)
+    exporter = exporter_of(recipe, world.rank)
+    keeping = recipe.checkpoint.keep, recipe.checkpoint.keep_every
+    mirror = mirror_of(recipe) if world.rank == 0 else None
+    checkpointer = Checkpointer(recipe.directory, world.checkpoint, *keeping, exporter, mirror)
+    health, begun = saved.progress.health, 0 if saved.resumed else saved.progress.step
 
-    def flops(counts: Counts) -> float:
-        return per.per_token * counts.tokens + per.per_pair * counts.attended
+    def data_record(state: DataState) -> dict[str, Any]:
+        return {**state.to_json(), "skipped_rows": skipped.to_json()}
 
     return Job(
         run=recipe.directory,
@@ -333,30 +289,24 @@ def make_job(
         shards=guest.shards,
         optimizer=guest.optimizer,
         schedule=Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, data.plan.steps_of),
-        rows=loader if context is None else PartOfRows(loader, context, recipe.parallel.context_method),
+        rows=RowsLeft(reader.next_step, skipped),
         agreement=Agreement(world.control, world.rank, len(recipe.data.sources), speaks=guest.place.speaks),
-        checkpointer=Checkpointer(recipe.directory, world.checkpoint, recipe.checkpoint.keep, exporter),
+        checkpointer=checkpointer,
         exporter=exporter,
         export_every=recipe.export.every,
-        meter=Meter(
-            flops=flops,
-            peak_flops=peak * world.size if peak is not None else None,
-            device=world.device,
-            updates_skipped=saved.progress.updates_skipped,
-            sources=[source.name for source in data.catalog.sources],
-            journal=journal,
-            screen=screen,
-            counts_loss=guest.place.tensor == 0,
-        ),
+        meter=make_meter(world, guest, data, saved, journal, screen),
         validation=validation,
         skip_log=SkipLog(recipe.directory),
         rank=world.rank,
         place=guest.place,
         progress=saved.progress,
-        beginning=None if saved.resumed else start.to_json(),
+        guard=guard_of(recipe, world, guest, data.plan, skipped, checkpointer, health=health, begun=begun),
+        replicas=replicas_of(recipe, world, guest, checkpointer),
+        pace=pace_of(recipe, world, guest),
+        beginning=None if saved.resumed else data_record(start),
         should_stop=stop,
         check_records=lambda total: check_skipped(data.catalog, total, recipe.data.max_skipped_fraction),
-        data_record=lambda step, lanes: DataState(step, lanes, columns, data.fingerprint).to_json(),
+        data_record=lambda step, lanes: data_record(DataState(step, lanes, columns, data.fingerprint)),
         extra_record={
             "micro_batch_rows": rows,
             "layout": asdict(guest.layout),

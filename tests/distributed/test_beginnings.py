@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from flame import cli
 from flame.recipe import read_recipe
-from flame.train.checkpoint import read_record, saved_steps, step_directory
 from flame.train.journal import read_lines
+from flame.train.keeping import read_record, saved_steps, step_directory
 from flame.train.saved_tensors import SavedTensors
 
 TOLERANCE = 1e-6
@@ -92,7 +92,7 @@ def test_what_was_begun_with_is_not_needed_again(write_recipe, weights, tmp_path
     shutil.rmtree(weights)
     longer = begun_with(write_recipe, weights, tmp_path, steps=6)
     assert train_on(2, longer).codes() == [0, 0]
-    assert saved_steps(run) == [4, 6]
+    assert saved_steps(run) == [0, 4, 6]
     assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
     first = json.loads((run / "environment.json").read_text())["origin"]
     assert first["init_from"] == str(weights) and first == read_record(run, 6, "train.json")["origin"]

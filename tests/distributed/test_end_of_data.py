@@ -9,8 +9,8 @@ import pytest
 from distributed.ranks import metrics, train_on, wait_for_step
 
 from flame import cli
-from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 
 ENDS = {
     'name = "python"': 'name = "python"\nmax_epochs = 1',

@@ -11,8 +11,8 @@ from models.test_model_weights import same_bits, tensors
 
 from flame import cli
 from flame.models.export import exported_step
-from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 
 EXPORT = '[export]\nat_end = true\nevery = "3 steps"\ndtype = "bfloat16"\n[logging]'
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flame import cli, schema
 from flame.recipe import read_recipe
-from flame.train.checkpoint import step_directory
+from flame.train.keeping import step_directory
 from flame.train.saved_tensors import SavedTensors
 
 STEPS = 20

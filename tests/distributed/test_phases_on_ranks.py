@@ -9,7 +9,7 @@ import pytest
 from distributed.ranks import metrics, train_on, wait_for_step
 
 from flame.recipe import read_recipe
-from flame.train.checkpoint import saved_steps
+from flame.train.keeping import saved_steps
 
 PHASES = """
 [[data.phases]]

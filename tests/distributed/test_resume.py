@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from distributed.ranks import metrics, train_on, wait_for_step
 
-from flame.train.checkpoint import saved_steps, step_directory
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps, step_directory
 
 STEPS = 30
 TOLERANCE = 1e-6  # in the loss: on CPU any number of ranks sums to the same bits, but for rare roundings

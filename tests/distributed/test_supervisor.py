@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from distributed.ranks import metrics, train_on, wait_for_step
 
-from flame.train.checkpoint import saved_steps
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 
 RANKS = 2
 STEPS = 60

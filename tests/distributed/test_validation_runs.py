@@ -14,8 +14,8 @@ from distributed.ranks import metrics, train_on, wait_for_step
 
 from flame import cli
 from flame.parallel.mesh import Layout
-from flame.train.checkpoint import saved_steps, step_directory
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps, step_directory
 from flame.train.saved_tensors import SavedTensors
 
 FIGURES = ("loss", "bits_per_byte", "predicted", "bytes", "documents", "sources")

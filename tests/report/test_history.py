@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from report.recorded_run import RunWriter
 
+from flame.commands.status import status
 from flame.errors import CheckpointError, RecipeError
 from flame.report.attempts import attempts_of, marks_of
 from flame.report.history import read_history
@@ -88,6 +89,15 @@ def test_steps_between_logged_ones_count_as_time(new_run: New) -> None:
     timeline = timeline_of(attempts_of(read_history(run.path)))
     assert timeline.total("training") == pytest.approx(10)
     assert timeline.total("starting") == pytest.approx(2)
+
+
+def test_status_says_where_the_time_went(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(str(interrupted)) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "goodput" in x]
+    assert "52.7 % of 23 s" in line  # 12 of 22.75 s
+    assert "starting 17.6 %" in line
+    assert "recovery 13.2 %" in line
+    assert "recomputed 7.7 %" in line
 
 
 def test_validations_are_time_of_their_own(new_run: New) -> None:

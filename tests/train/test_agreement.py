@@ -19,7 +19,7 @@ from flame.errors import DataError
 from flame.parallel.world import join_world
 from flame.recipe import read_recipe
 from flame.train.agreement import Agreement
-from flame.train.checkpoint import saved_steps
+from flame.train.keeping import saved_steps
 
 WORLD = 3
 

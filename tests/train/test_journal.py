@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,18 @@ def test_a_replaced_file_is_old_or_new_never_half(tmp_path: Path) -> None:
 def test_objects_in_a_record_are_flattened_for_tensorboard() -> None:
     record = {"step": 1, "sources": {"web": {"tokens": 2}, "code": {"tokens": 3}}}
     assert list(flat(record)) == [("step", 1), ("sources/web/tokens", 2), ("sources/code/tokens", 3)]
+
+
+def test_lines_that_a_full_disk_does_not_take_come_later_and_none_is_torn(tmp_path: Path) -> None:
+    path, most = tmp_path / "metrics.jsonl", 200
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        for step in range(20):
+            append_line(path, {"step": step, "filling": "x" * 20})
+        assert path.read_bytes().endswith(b"\n")
+        assert 0 < len(list(read_lines(path))) < 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_line(path, {"step": 20})
+    assert [line["step"] for line in read_lines(path)] == list(range(21))

@@ -25,7 +25,7 @@ from flame.models.registry import family_of
 from flame.origin import model_config
 from flame.recipe import Recipe, run_recipe
 from flame.schema import count_option
-from flame.train.checkpoint import step_directory
+from flame.train.keeping import step_directory
 from flame.train.loss import LossModule
 from flame.train.saved_tensors import SavedTensors
 from flame.train.validation import evaluating, figures_of, loss_sums

@@ -12,7 +12,8 @@ from flame.exports import write_checkpoint
 from flame.models.export import SHARD_BYTES
 from flame.recipe import FILE, run_recipe
 from flame.schema import count_option
-from flame.train.checkpoint import problems, saved_steps, step_directory
+from flame.train.checkpoint import problems
+from flame.train.keeping import saved_steps, step_directory
 
 
 def export(run: str, step: int | None, to: str, dtype: str, shard_size: str, ema: bool) -> Exit:

@@ -22,13 +22,16 @@ from flame.data.tokens import Tokenizer
 from flame.data.validation import open_validation, rows_of
 from flame.errors import Exit, RecipeError
 from flame.recipe import Recipe, read_recipe
+from flame.train.rollback import Skipped, read_skipped
 
 SHOWN_CHARACTERS = 60  # of each segment's text, in tables
 
 
-def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str, as_json: bool) -> Exit:
+def preview(
+    path: str, flags: dict[str, str], steps: str, ranks: int, split: str, run: str | None, as_json: bool
+) -> Exit:
     """Prints the rows of `steps` ("A:B"), read through `ranks` readers, in the global order. `split`:
-    "train", or "validation" for what is held out."""
+    "train", or "validation" for what is held out. `run`: a run whose skipped rows are passed over."""
     recipe = read_recipe(Path(path), flags)
     plan = recipe.plan
     wanted = parse_steps(steps)
@@ -36,15 +39,29 @@ def preview(path: str, flags: dict[str, str], steps: str, ranks: int, split: str
         raise RecipeError(f"--ranks: found {ranks}, expected at least 1")
     catalog = open_catalog(recipe.data, recipe.tokenizer, plan, Path())
     tokenizer = catalog.load_tokenizer()
-    found = read_rows(catalog, plan, wanted, ranks)
     if split == "validation":  # one rank reads the set for all
         found = held_out_rows(recipe, catalog, plan, wanted)
+    else:
+        skipped = Skipped() if run is None else read_skipped(Path(run))
+        found = trained_rows(catalog, plan, wanted, ranks, skipped)
     for step, rows in zip(wanted, found, strict=True):
         if as_json:
             print(json.dumps(step_as_json(step, rows)), flush=True)
         else:
             show_step(step, rows, tokenizer)
     return Exit.DONE
+
+
+def trained_rows(
+    catalog: Catalog, plan: DataPlan, steps: range, ranks: int, skipped: Skipped
+) -> Iterator[list[Row]]:
+    """The rows of some trained steps, of a run that passes over `skipped`."""
+    data_steps = skipped.trained(steps)
+    span = range(data_steps[0], data_steps[-1] + 1)
+    shown = set(data_steps)
+    for data_step, rows in zip(span, read_rows(catalog, plan, span, ranks), strict=True):
+        if data_step in shown:
+            yield rows
 
 
 def held_out_rows(recipe: Recipe, catalog: Catalog, plan: DataPlan, steps: range) -> Iterator[list[Row]]:

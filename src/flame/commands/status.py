@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from flame.errors import Exit
 from flame.recipe import run_recipe
-from flame.report.history import validations
-from flame.train.checkpoint import saved_steps
+from flame.report.attempts import attempts_of
+from flame.report.history import read_history, validations
+from flame.report.timeline import timeline_of
 from flame.train.journal import read_lines
+from flame.train.keeping import saved_steps
 
+NAMES = {"lost": "recomputed", "data": "waiting for data (in the steps)"}
 QUIET_SECONDS = 120  # without a new line in metrics.jsonl, after which a run counts as not running
 
 
@@ -36,6 +40,7 @@ def status(run: str) -> Exit:
         print(f"  speed        {last['tokens_per_second']:,.0f} tokens/s")
         if last["records_skipped"] or last["updates_skipped"]:
             print(f"  skipped      {last['records_skipped']} records, {last['updates_skipped']} updates")
+        print(f"  goodput      {goodput(path)}")
     if validated := validations(events):
         print(f"  validation   {in_a_line(validated[-1])}")
     steps = saved_steps(path)
@@ -45,6 +50,23 @@ def status(run: str) -> Exit:
         counts[entry["event"]] = counts.get(entry["event"], 0) + 1
     print(f"  events       {', '.join(f'{name} {n}' for name, n in sorted(counts.items())) or 'none'}")
     return Exit.DONE
+
+
+def goodput(run: Path) -> str:
+    """The share of the time the run was up in which steps that count were made, and where the rest went."""
+    history = read_history(run)
+    timeline = timeline_of(attempts_of(history))
+    up = timeline.wall_seconds - timeline.total("stopped")
+    if up <= 0:
+        return "not known yet"
+    waits = [step.data_seconds for step in history.steps if not math.isnan(step.data_seconds)]
+    shares = {
+        kind: timeline.total(kind) / up for kind in ("starting", "saving", "validating", "recovery", "lost")
+    }
+    if waits:
+        shares["data"] = sum(waits) / len(waits) * history.steps[-1].step / up
+    listed = ", ".join(f"{NAMES.get(kind, kind)} {100 * share:.1f} %" for kind, share in shares.items())
+    return f"{100 * timeline.goodput:.1f} % of {up:,.0f} s; {listed}"
 
 
 def in_a_line(validation: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,7 +14,7 @@ from flame.errors import Exit
 from flame.parallel.mesh import ranks_around
 from flame.recipe import Recipe, check_ranks, read_recipe, refuse_other_run, run_recipe
 from flame.train.config import check_trackers
-from flame.train.lifeline import STOP_SIGNALS, WARM_PARENT
+from flame.train.lifeline import WARM_PARENT, StopFlag
 
 # what the ranks import, done once in the parent they are forked from; nothing here touches a GPU ...
 WARM = (
@@ -33,46 +32,48 @@ def train(
     path: str, flags: dict[str, str], ranks: int | None, dry: bool, gpu_memory: float, as_json: bool
 ) -> Exit:
     """Trains the recipe at `path` until it is done or stopped; `dry`: says what that needs, and ends."""
+    stop = StopFlag()
     recipe = read_recipe(Path(path), flags)
     if dry:
         from flame.commands.dry_run import dry_run  # torch and the models, which take seconds to import
 
         return dry_run(recipe, ranks or 1, gpu_memory, as_json=as_json)
-    return start(recipe, ranks)
+    return start(recipe, ranks, stop)
 
 
 def resume(run: str, flags: dict[str, str], ranks: int | None) -> Exit:
     """Goes on with a run directory's own recipe."""
+    stop = StopFlag()
     run_recipe(Path(run))
     flags = {"run.directory": run, **flags}
-    return start(read_recipe(Path(run) / "recipe.toml", flags), ranks)
+    return start(read_recipe(Path(run) / "recipe.toml", flags), ranks, stop)
 
 
-def start(recipe: Recipe, ranks: int | None) -> Exit:
-    """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1)."""
+def start(recipe: Recipe, ranks: int | None, stop: StopFlag) -> Exit:
+    """Joins the ranks around this process, or supervises `ranks` of its own (default: one a GPU, else 1).
+
+    `stop` has taken the signals before anything heavy is imported; a supervisor takes them from it.
+    """
     refuse_other_run(recipe)
     check_trackers(recipe.logging.trackers)
     around = ranks_around()
     if around is not None:
-        return join(recipe, around)
+        return join(recipe, around, stop)
     if ranks is not None:
         check_ranks(recipe, ranks)
     return supervise(recipe, ranks)
 
 
-def join(recipe: Recipe, ranks: int) -> Exit:
+def join(recipe: Recipe, ranks: int, stop: StopFlag) -> Exit:
     """Trains as one of the ranks that somebody else started and watches."""
     check_ranks(recipe, ranks)
     from flame.run import work
-    from flame.train.recovery import StopFlag
 
-    return Exit(work(StopFlag(), schema.to_toml(recipe)))
+    return Exit(work(stop, schema.to_toml(recipe)))
 
 
 def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     """Starts the ranks and keeps them running."""
-    for number in STOP_SIGNALS:  # until the supervisor takes them: there is nothing to save yet
-        signal.signal(number, lambda *_: os._exit(Exit.STOPPED))
     # with NVML asked instead of the driver, looking for GPUs does not spoil them for forked processes
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with_gpu = has_gpu()
@@ -82,7 +83,7 @@ def supervise(recipe: Recipe, ranks: int | None) -> Exit:
     import torch
 
     from flame.train import recovery
-    from flame.train.checkpoint import saved_steps
+    from flame.train.keeping import saved_steps
 
     saved, total = saved_steps(recipe.directory), recipe.total_steps
     if saved and total is not None and saved[-1] >= total:
@@ -101,6 +102,7 @@ def supervise(recipe: Recipe, ranks: int | None) -> Exit:
         run=recipe.directory,
         ranks=ranks,
         max_restarts=recipe.run.max_restarts,
+        config=recipe.recovery,
     )
 
 

@@ -17,7 +17,7 @@ import fsspec
 
 from flame.data.cache import Access
 from flame.data.raw import RawFile, shrunk
-from flame.errors import DataError
+from flame.errors import DataError, FlameError
 
 T = TypeVar("T")
 
@@ -60,19 +60,20 @@ def url_exists(url: str) -> bool:
     return bool(retried(url, lambda: system.isfile(path)))
 
 
-def retried(url: str, ask: Callable[[], T]) -> T:
-    """What `ask` returns, tried again where that may help. Raises DataError naming the URL."""
+def retried(url: str, ask: Callable[[], T], deed: str = "read") -> T:
+    """What `ask` returns, tried again where that may help. Raises DataError naming the URL, and that it
+    cannot be `deed`."""
     for attempt in range(1, TRIES + 1):
         try:
             return ask()
-        except DataError:
+        except FlameError:
             raise
         except Exception as error:  # of any file system's client
             if attempt == TRIES or not may_pass(error):
                 tried = f" after {attempt} tries" if attempt > 1 else ""
                 shown = str(error) or type(error).__name__
                 raise DataError(
-                    f"{url}: cannot be read{tried}: {shown}; check address, credentials and network"
+                    f"{url}: cannot be {deed}{tried}: {shown}; check address, credentials and network"
                 ) from error
             delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
             time.sleep(delay * random.uniform(0.5, 1))

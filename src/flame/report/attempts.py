@@ -31,6 +31,7 @@ ENDINGS: dict[str, Ending] = {
     "failed": "failed",
     "rank_lost": "lost",
     "hang": "lost",
+    "rollback": "lost",
     "signal": "stopped",
 }
 

@@ -24,6 +24,8 @@ KINDS: dict[Kind, str] = {
     "stopped": "nothing ran: stopped, or ended without a word; the next start's imports are in here",
 }
 
+BY_ITSELF = ("rank_lost", "hang", "rollback")  # after these the supervisor goes on; a user need not
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -66,7 +68,7 @@ def timeline_of(attempts: list[Attempt]) -> Timeline:
         limit = following.begins.time if following else math.inf
         lay_out(layout, attempt, limit)
         if following:
-            again = any(event.name == "restart" for event in attempt.follows)
+            again = any(event.name in BY_ITSELF for event in attempt.follows)
             layout.until(limit, "recovery" if again else "stopped")
     return Timeline(layout.spans)
 

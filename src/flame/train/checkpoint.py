@@ -27,30 +27,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
+from flame.schema import Duration
 from flame.train.exporter import Exporter
 from flame.train.journal import event, replace_file, sync_directory
+from flame.train.keeping import MANIFEST, prune, saved_steps, step_directory
+from flame.train.mirror import Mirror
 from flame.train.shards import Shards
 
 FORMAT = 1  # of the files above; older ones are brought up by named migrations
-MANIFEST = "manifest.json"
 
 T = TypeVar("T")
 Tensors = dict[str, Any]  # a state dict: names to tensors, sharded or plain
-
-
-def step_directory(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def saved_steps(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, oldest first; whether they are sound is not asked."""
-    found = (run / "checkpoints").glob(f"step-*/{MANIFEST}")
-    return sorted(int(p.parent.name[5:]) for p in found if p.parent.name[5:].isdigit())
-
-
-def read_record(run: Path, step: int, name: str) -> dict[str, Any]:
-    """One of a checkpoint's JSON files."""
-    return cast("dict[str, Any]", orjson.loads((step_directory(run, step) / name).read_bytes()))
 
 
 # ------------------------------------------------------------------------------------- tensors
@@ -120,14 +107,22 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run: Path, group: dist.ProcessGroup, keep: int, exporter: Exporter | None = None
+        self,
+        run: Path,
+        group: dist.ProcessGroup,
+        keep: int,
+        keep_every: Duration | None = None,
+        exporter: Exporter | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        """`exporter`: is told of what was saved, and keeps what it needs from being deleted."""
+        """`exporter` and `mirror` (on rank 0): are told of what was saved, and keep what they need from being
+        deleted."""
         self.run = run
         self._exporter = exporter
+        self._mirror = mirror
         self._group = group  # gloo, used for checkpoints alone: a save runs beside the training's collectives
         self._rank = dist.get_rank(group)
-        self._keep = keep
+        self._keep = keep, keep_every
         self._thread: threading.Thread | None = None
         pinned = torch.cuda.is_available()
         self._stager = DefaultStager(
@@ -160,6 +155,11 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    def uploaded(self, seconds: float | None = None) -> None:
+        """Waits for the upload under way, so many seconds at most."""
+        if self._mirror is not None:
+            self._mirror.wait(seconds)
+
     def _write(self, step: int, staged: Tensors, records: Records, pause: float) -> None:
         began = time.monotonic()
         final = step_directory(self.run, step)
@@ -186,7 +186,10 @@ class Checkpointer:
             event(self.run, "checkpoint_saved", step=step, seconds=seconds, pause_seconds=round(pause, 4))
             if self._exporter is not None:
                 self._exporter.committed(step)
-            prune(self.run, self._keep, self._exporter.held() if self._exporter is not None else ())
+            users = [user for user in (self._exporter, self._mirror) if user is not None]
+            gone = prune(self.run, *self._keep, spare=set[int]().union(*(user.held() for user in users)))
+            if self._mirror is not None:
+                self._mirror.committed(gone)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives on every rank; CheckpointError on all where it fails on any."""
@@ -247,22 +250,6 @@ def file_seal(path: Path) -> dict[str, Any]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def prune(run: Path, keep: int, held: Collection[int] = ()) -> None:
-    """Deletes all but the newest `keep` checkpoints and those of the steps `held`, and what broken saves
-    left behind."""
-    for step in saved_steps(run)[: -max(1, keep)]:
-        if step not in held:
-            shutil.rmtree(step_directory(run, step))
-    for leftover in (run / "checkpoints").glob("step-*.replaced-*"):
-        shutil.rmtree(leftover)
-
-
-def remove_leftovers(run: Path) -> None:
-    """Deletes saves that never got their manifest. Only for who holds the run's lock."""
-    for partial in (run / "checkpoints").glob("step-*.partial"):
-        shutil.rmtree(partial)
 
 
 # ------------------------------------------------------------------------------------- loading

@@ -80,7 +80,10 @@ class RunConfig:
         parse=parse_strings,
     )
     max_restarts: int = setting(
-        10, help="automatic restarts after a crash before the run gives up with exit code 3", identity=False
+        10,
+        help="automatic restarts after a crash or a hang within recovery.restart_window; at one more the run "
+        "gives up with exit code 3",
+        identity=False,
     )
 
 
@@ -218,7 +221,76 @@ class CheckpointConfig:
         identity=False,
         parse=parse_duration("steps", "tokens", "minutes"),
     )
-    keep: int = setting(2, help="newest checkpoints kept", identity=False)
+    keep: int = setting(
+        2, help="newest checkpoints kept, and the newest that is 15 steps older than they are", identity=False
+    )
+    keep_every: Duration | None = setting(
+        None,
+        help='checkpoints kept for good, the first at or past each multiple: "10000 steps"',
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    upload: str | None = setting(
+        None,
+        help="a URL that fsspec knows, such as s3://bucket/run: checkpoints are copied there beside "
+        "training, and a start without any in its run directory fetches the newest",
+        identity=False,
+    )
+
+
+@dataclass
+class RecoveryConfig:
+    skipped_updates: int = setting(
+        10,
+        help="updates of the last 1000 steps that may be left out because a gradient was not finite; at one "
+        "more the run goes back, and passes over the rows of the last 16 steps",
+        identity=False,
+    )
+    spike_threshold: float = setting(
+        20.0,
+        help="a loss so many robust standard deviations above the median of the 128 steps before it makes "
+        "the run go back, and pass over the rows of the last 16 steps; 0: never",
+        identity=False,
+    )
+    max_rollbacks: int = setting(
+        5, help="times that a run goes back so; once more and it ends with exit code 3", identity=False
+    )
+    restart_window: Duration = setting(
+        Duration(60, "minutes"),
+        help="over which run.max_restarts counts",
+        identity=False,
+        parse=parse_duration("minutes"),
+    )
+    hang_seconds: float = setting(
+        60.0,
+        help="ranks that make no step for ten times the median of the last ones, and at least for so long, "
+        "are killed and started again; 0: never, whatever they do",
+        identity=False,
+    )
+    start_seconds: float = setting(
+        900.0, help="the same from a start to its first step, compilation included", identity=False
+    )
+    save_seconds: float = setting(1800.0, help="the same while ranks wait for a checkpoint", identity=False)
+    validation_seconds: float = setting(3600.0, help="the same during a validation", identity=False)
+    check_replicas: Duration | None = setting(
+        None,
+        help='"100 steps": so often and before each save compare the copies of the parameters that there are '
+        "with parallel.replicate; where they differ, name the rank and go back; left out: never",
+        identity=False,
+        parse=parse_duration("steps", "tokens"),
+    )
+    straggler_factor: float = setting(
+        1.5,
+        help="a rank that needs so many times the others' median for its own forward passes and data is "
+        "named in an event; 0: none",
+        identity=False,
+    )
+    straggler_window: Duration = setting(
+        Duration(50, "steps"),
+        help="over which ranks are compared so",
+        identity=False,
+        parse=parse_duration("steps"),
+    )
 
 
 @dataclass

@@ -113,7 +113,7 @@ class Exporter:
 
     def _look_up(self) -> None:
         if self._stop.is_set():
-            raise Abandoned("the run was stopped; flame export makes it of its checkpoint")
+            raise Abandoned("the run was stopped or went back; flame export makes it of its checkpoint")
 
     def _failed(self, step: int, to: Path, why: str) -> None:
         event(self._run, "export_failed", step=step, to=str(to), why=why)

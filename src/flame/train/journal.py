@@ -6,6 +6,7 @@ crash leaves at most one torn line, which the next start removes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -22,16 +23,36 @@ from flame.batch import Skip
 from flame.errors import CheckpointError
 
 LOCK_WAIT_SECONDS = 30.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_unwritten: dict[Path, bytes] = {}  # lines that a full disk did not take
 SAMPLES = "samples.jsonl"  # what the model wrote at validations
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON object as a line. Numbers that are not finite become null."""
+    """Appends one JSON object as a line. Numbers that are not finite become null.
+
+    Where the disk is full the line is kept, and comes with the next one that can be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+    lines = _unwritten.pop(path, b"") + line
+    try:
+        _append(path, lines)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _unwritten[path] = lines
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """All of `lines` or, with an OSError, nothing of them."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line)
+        written = os.write(descriptor, lines)
+        if written < len(lines):  # the disk is full
+            os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR) - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

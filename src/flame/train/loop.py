@@ -22,9 +22,14 @@ from flame.schema import Duration
 from flame.train.agreement import Agreed, Agreement, Proposal
 from flame.train.checkpoint import Checkpointer, Records, tensors_of
 from flame.train.exporter import Exporter
+from flame.train.heartbeat import heart
 from flame.train.journal import SkipLog, event
 from flame.train.metrics import Meter
+from flame.train.mirror import STOP_SECONDS
 from flame.train.optimizer import set_learning_rate
+from flame.train.pace import Pace
+from flame.train.replicas import Replicas
+from flame.train.rollback import Guard
 from flame.train.schedule import Schedule
 from flame.train.shards import Shards
 from flame.train.step import Passes, train_step
@@ -51,6 +56,7 @@ class Progress:
     updates_skipped: int = 0
     records: list[list[int]] = field(default_factory=list[list[int]])  # per source, as in StepRows
     sources: list[list[int]] = field(default_factory=list[list[int]])  # tokens, documents, documents cut
+    health: dict[str, Any] = field(default_factory=dict[str, Any])  # `Health.history`
 
     def with_records(self, agreed: Agreed) -> np.ndarray:
         """Records passed, skipped, held out and overlong, [sources, 4], when the next step is trained too."""
@@ -93,6 +99,9 @@ class Job:
     rank: int
     place: Place
     progress: Progress
+    guard: Guard  # against bad steps
+    replicas: Replicas | None  # of several copies of the model
+    pace: Pace | None  # of several ranks
     beginning: dict[str, Any] | None  # data.json before the first step, where no checkpoint holds it yet
 
     should_stop: Callable[[], bool]
@@ -104,13 +113,17 @@ class Job:
 def train(job: Job) -> Exit:
     """Trains until the last step, the end of the data or a stop request, and always leaves a checkpoint.
 
-    Where data cannot be read, every rank saves at the same step and raises the same DataError.
+    Where data cannot be read, every rank saves at the same step and raises the same DataError. After a bad
+    step every rank raises RolledBack: the run is to be loaded anew.
     """
     if is_last(job, job.progress.step):
         return finish(job, None, "there was no step to make")
     clock = SaveClock(job.checkpoint_every)
+    heart().stamp("loaded")
     coming = Coming.fetch(job, clock)
+    heart().stamp("rows")
     if job.validation is not None and job.validation.at_start and job.progress.step == 0:
+        heart().enter("validating", 1)
         job.validation.run(0, 0)
     job.meter.start()
 
@@ -124,7 +137,9 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
     write_metrics: Callable[[], None] | None = None  # of that step, where it is not logged yet
     while not is_last(job, job.progress.step):
         # what all ranks agreed on before this step
+        heart().enter("agreeing", job.progress.step + 1)
         agreed = coming.settle(job)
+        job.guard.check()
         problem = data_problem(job, coming, agreed)
         if problem is not None or agreed.stop:
             return leave(job, trained, problem)
@@ -137,6 +152,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
 
         # forward, backward, update
         step, tokens_before = job.progress.step + 1, job.progress.tokens
+        heart().enter("computing", step)
         learning_rate = job.schedule.learning_rate(step)
         set_learning_rate(job.optimizer, learning_rate)
         result = train_step(
@@ -150,17 +166,24 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         )
         job.progress.advance(agreed)
         job.meter.count(agreed, result, trained.wait_seconds)
+        job.guard.health.count(step, trained.step, agreed.counts.predicted, result)
+        heart().finish()
+        if job.pace is not None:
+            job.pace.count(step, trained.wait_seconds)
 
         # while the device works: the next step's rows, and the exchange about them
         if not is_last(job, step):
             coming = Coming.fetch(job, clock)
 
         # write down
+        heart().enter("writing", step + 1)
         write_skips(job, trained, agreed)
         write_metrics = partial(job.meter.log, job.progress, agreed, result, learning_rate)
         if step == 1 or is_last(job, step) or crossed(job.logging_every, job.progress, tokens_before):
             write_metrics()
             write_metrics = None
+        if job.replicas is not None and crossed(job.replicas.every, job.progress, tokens_before):
+            job.replicas.check(step)
         problem = validate(job, tokens_before)
         if problem is not None:
             return leave(job, trained, problem)
@@ -170,6 +193,7 @@ def run_steps(job: Job, clock: SaveClock, coming: Coming, collect: Callable[[int
         if export or agreed.save or crossed(job.checkpoint_every, job.progress, tokens_before):
             save(job, trained)
             clock.saved()
+            heart().enter("writing", step + 1)
         collect(step)
 
     return finish(job, trained, "its last step was made")
@@ -209,6 +233,7 @@ class Coming:
 
     @staticmethod
     def fetch(job: Job, clock: SaveClock) -> Coming:
+        heart().enter("data", job.progress.step + 1)
         rows: StepRows | None = None
         failure: DataError | None = None
         try:
@@ -286,6 +311,7 @@ def validate(job: Job, tokens_before: int, *, last: bool = False) -> DataError |
     due = last or crossed(validation.every, progress, tokens_before)
     if not due or validation.last_step == progress.step:
         return None
+    heart().enter("validating", progress.step + 1)
     try:
         job.meter.pause(validation.run(progress.step, progress.tokens))
     except DataError as error:
@@ -294,7 +320,12 @@ def validate(job: Job, tokens_before: int, *, last: bool = False) -> DataError |
 
 
 def save(job: Job, trained: StepRows) -> None:
-    """Begins a checkpoint of the step just made. All ranks call it at the same step."""
+    """Begins a checkpoint of the step just made, if that was sound. All ranks call it at the same step."""
+    heart().enter("saving", job.progress.step + 1)
+    job.guard.check(all_steps=True)
+    if job.replicas is not None:
+        job.replicas.check(job.progress.step)
+    job.progress.health = job.guard.health.history()
     job.progress.updates_skipped = job.meter.updates_skipped()
     state = job.agreement.sum_state(trained.state)
     begin_checkpoint(job, job.data_record(trained.step + 1, state))
@@ -308,6 +339,7 @@ def begin_checkpoint(job: Job, data_record: dict[str, Any]) -> None:
 def leave(job: Job, trained: StepRows | None, problem: DataError | None) -> Exit:
     """Saves what was trained and stops before the next step."""
     save_last(job, trained)
+    job.checkpointer.uploaded(STOP_SECONDS)
     job.exporter.abandon()
     if problem is not None:
         raise problem
@@ -323,6 +355,7 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
     if problem is not None:
         raise problem
     job.exporter.finish(job.progress.step)
+    job.checkpointer.uploaded()
     if job.rank == 0:
         event(job.run, "done", step=job.progress.step, tokens=job.progress.tokens, why=why)
         print(f"done after step {job.progress.step}: {why}", flush=True)
@@ -331,6 +364,7 @@ def finish(job: Job, trained: StepRows | None, why: str) -> Exit:
 
 def save_last(job: Job, trained: StepRows | None) -> None:
     """Makes sure that the last trained step has a checkpoint. Raises CheckpointError where it cannot."""
+    heart().enter("ending", job.progress.step + 1)
     job.checkpointer.wait()
     first = trained is None and job.beginning is not None and is_last(job, job.progress.step)
     if (trained is not None or first) and job.checkpointer.last_saved != job.progress.step:
