@@ -234,7 +234,7 @@ def test_a_clock_behind_the_files_fails(tmp_path: Path) -> None:
 def test_a_disk_too_small_for_the_checkpoints_fails(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_recipe(write_recipe(), {"checkpoint.keep": "3"})
     one = storage.checkpoint_bytes(1_000_000, recipe)
-    assert one == 12_000_000
+    assert one == 12_000_000 + storage.RECORDS
     assert storage.needed_bytes(1_000_000, recipe) == 4 * one
     folder = Path()
     assert storage.room(folder, 4 * one - 1, recipe, 1_000_000).verdict == "fail"

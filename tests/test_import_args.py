@@ -120,6 +120,7 @@ def test_the_default_toml_becomes_a_recipe(toml: Path) -> None:
     assert str(recipe.checkpoint.every) == "2048 steps"
     assert recipe.checkpoint.keep >= 20480 // 2048
     assert recipe.data.max_document_length is None
+    assert recipe.logging.trackers == ["wandb"]
     assert noted(notes, "GPUs", "8", "--gpus")
     assert noted(notes, "training.varlen", "off")
     assert noted(notes, "profiling.enable_profiling")

@@ -17,12 +17,13 @@ WRITTEN = 64 * 2**20  # bytes, to time the disk
 PATIENCE_SECONDS = 300  # for one checkpoint
 CLOCKS_APART_SECONDS = 10
 SPARE = 2**30
+RECORDS = 8 * 2**20  # of a checkpoint besides its tensors
 
 
 def checkpoint_bytes(parameters: int, recipe: Recipe) -> int:
     """At most what one checkpoint takes: float32 weights, the optimizer's state and the average."""
     moments = 1 if recipe.optimizer.name == "sgd" else 2  # Muon's matrices have one
-    return 4 * parameters * (1 + moments + (recipe.optimizer.ema is not None))
+    return 4 * parameters * (1 + moments + (recipe.optimizer.ema is not None)) + RECORDS
 
 
 def needed_bytes(parameters: int, recipe: Recipe) -> int:
