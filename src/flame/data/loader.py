@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
+from flame.data.ahead import OneThread, WindowsAhead
 from flame.data.catalog import Catalog, open_readers
 from flame.data.hashes import digest
-from flame.data.lanes import Lane, tokenize_windows
+from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import EPOCH, Window, WindowStates, state_columns
 from flame.errors import DataError, RecipeError
 
-CALL_TOKENS = 2**19  # of several lanes, tokenized in one call
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
 
 
@@ -67,15 +67,15 @@ class Loader:
         ]
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
-        tokenizer = catalog.load_tokenizer() if tokenizer is None else tokenizer
+        self._tokenizer = OneThread(catalog.load_tokenizer() if tokenizer is None else tokenizer)
         readers = open_readers(catalog, plan)
         current = plan.stage_number(plan.window_at(self._first_step)[0])
         wanted = {place % plan.lanes for share in self._shares[current:] for place in share.places}
-        self._tokenizer = tokenizer
         self._lanes = {
-            lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
+            lane: Lane(plan, readers, self._tokenizer, lane, None if states is None else states[lane])
             for lane in sorted(wanted)
         }
+        self._ahead = WindowsAhead(plan, self._lanes, self._tokenizer, plan.window_at(self._first_step)[0])
         self._owned = [lane for lane in self._lanes if lane % world == rank]
         self.state_seconds = 0.0  # of the processor, spent in taking the states of all steps made
         self._error: BaseException | None = None
@@ -103,6 +103,10 @@ class Loader:
             raise got
         return replace(got, wait_seconds=time.perf_counter() - begun)
 
+    def wait_for_tokenizer(self) -> None:
+        """Until it is idle: what it was asked ahead is tokenized. Only where nothing is read in a thread."""
+        self._ahead.wait()
+
     def close(self) -> None:
         """End the producer. May be called again."""
         self._closed.set()
@@ -110,6 +114,7 @@ class Loader:
             self._ready.get_nowait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+        self._tokenizer.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -154,12 +159,18 @@ class Loader:
     def _produce(self) -> Iterator[StepRows]:
         """All steps from the first on, window by window, without end."""
         plan, next_step = self._plan, self._first_step
-        while True:
+        index, _ = plan.window_at(next_step)
+        for number, lane in self._lanes.items():
+            if lane.window_index != index:
+                raise DataError(
+                    f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
+                    f"is in window {lane.window_index}; resume from another checkpoint"
+                )
+        for all_windows in self._ahead.windows(self._closed):
             index, start = plan.window_at(next_step)
-            windows = self._windows(index, next_step)
-            if windows is None:
-                return
             share = self._shares[plan.stage_number(index)]
+            needed = {place % plan.lanes for place in share.places}  # the others are of another stage
+            windows = {number: window for number, window in all_windows.items() if number in needed}
             begun = time.thread_time()
             owned = {lane: windows[lane] for lane in self._owned}
             states = WindowStates(owned, plan.lanes, len(self.columns))
@@ -168,26 +179,6 @@ class Loader:
             for step in range(next_step, end):
                 yield self._assemble(share, step, step - start, windows, states)
             next_step = end
-
-    def _windows(self, index: int, next_step: int) -> dict[int, Window] | None:
-        """The next window, by number, of all lanes that the current stage takes rows of; None when closed."""
-        plan, lanes = self._plan, list(self._lanes.items())
-        for number, lane in lanes:
-            if lane.window_index != index:
-                raise DataError(
-                    f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
-                    f"is in window {lane.window_index}; resume from another checkpoint"
-                )
-        stage = plan.stage_of(index)
-        size = max(1, CALL_TOKENS * plan.lanes // (stage.steps_in_window(index) * stage.tokens_per_step))
-        windows: dict[int, Window] = {}
-        for group in (lanes[i : i + size] for i in range(0, len(lanes), size)):
-            if self._closed.is_set():
-                return None
-            tokenize_windows(self._tokenizer, [lane for _, lane in group])
-            windows |= {number: lane.next_window() for number, lane in group}
-        needed = {place % plan.lanes for place in self._shares[plan.stage_number(index)].places}
-        return {number: window for number, window in windows.items() if number in needed}
 
     def _assemble(
         self,

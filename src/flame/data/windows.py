@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -85,9 +86,10 @@ class WindowStates:
         self._is_owned = np.zeros(lanes, dtype=np.int64)
         if not held:
             return
-        end = np.array([window.end for window in held], dtype=np.int64)
-        begun = np.array([window.start for window in held], dtype=np.int64)
-        records = np.stack([window.records for window in held])
+        shape = len(held), columns
+        end = np.fromiter(chain.from_iterable(w.end for w in held), np.int64).reshape(shape)
+        begun = np.fromiter(chain.from_iterable(w.start for w in held), np.int64).reshape(shape)
+        records = np.concatenate([window.records for window in held]).reshape(len(held), -1, len(COUNTED))
         begun[:, HASH] = [window.hash for window in held]
         for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
             begun[:, every(name)] += records[:, :, i]
