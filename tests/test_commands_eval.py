@@ -74,6 +74,22 @@ def test_files_are_evaluated_by_an_export_and_by_its_run_alike(trained: Path, tm
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
 
 
+def test_a_run_that_has_its_config_from_the_weights_it_began_with(
+    trained: Path, write_recipe, tmp_path: Path, capsys
+) -> None:
+    weights, text = trained.with_name("export"), tmp_path / "held.jsonl"
+    text.write_text(json.dumps({"text": "def f(x):\n    return x + 1\n"}) + "\n")
+    begun = {
+        f'config = "{tmp_path / "llama.json"}"': f'init_from = "{weights}"',
+        "steps = 8": "steps = 0",
+        'warmup = "5 steps"': 'warmup = "0 steps"',
+    }
+    assert train_on(1, write_recipe("begun", "llama", 8, begun)).codes() == [0]
+    moved = (tmp_path / "begun").rename(tmp_path / "moved")
+    loss = figures(capsys, str(moved), "--files", str(text))["loss"]
+    assert loss == pytest.approx(figures(capsys, str(weights), "--files", str(text))["loss"], rel=1e-6)
+
+
 def test_what_is_printed_names_loss_and_bits(trained: Path, capsys) -> None:
     assert cli.run(["eval", str(trained)]) == 0
     assert " bits per byte, over " in capsys.readouterr().out

@@ -85,6 +85,17 @@ def parse_count(raw: Any) -> int:
     return int(scaled)
 
 
+def count_option(option: str, text: str) -> int:
+    """A count of at least 1 that an option of a command gives. Raises RecipeError naming the option."""
+    try:
+        found = parse_count(text)
+    except ValueError as error:
+        raise RecipeError(f'{option}: found "{text}", expected {error}') from None
+    if found < 1:
+        raise RecipeError(f"{option}: found {found}, expected at least 1")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Duration:
     """A length of training with its unit: `1000 steps`, `8B tokens`, `30 minutes`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,22 @@ from data.streaming import loaders, plain, replayed, rows_of, state_after
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.data import blocks
+from flame.batch import Row
+from flame.data import blocks, validation
 from flame.data.catalog import Catalog, fingerprint, fingerprint_difference, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan
 from flame.data.split import content_key, is_held_out
 from flame.data.tokens import load_tokenizer
-from flame.data.validation import validation_rows
 from flame.errors import DataError, RecipeError
 
 FRACTION = 0.2
 Opened = tuple[Catalog, DataPlan]
+
+
+def validation_rows(catalog: Catalog, plan: DataPlan, tokens: int | None = None) -> Iterator[Row]:
+    """What `flame data preview --split validation` shows."""
+    return validation.rows_of(*validation.validation_data(catalog, plan, tokens))
 
 
 def opened(

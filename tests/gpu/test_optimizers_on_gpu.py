@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +20,22 @@ from flame.train.muon import Muon
 from flame.train.shards import Shards
 from flame.train.step import update
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),  # triton and dynamo warn as they compile
+]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the device is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_muon_on_a_gpu_is_torchs() -> None:
@@ -48,11 +66,8 @@ def test_an_update_is_left_out_without_waiting_for_the_device(name: str) -> None
             if not math.isfinite(norm):
                 piece.local.grad.fill_(norm)
         before, value = state_of(shards, optimizer), torch.tensor(norm, device="cuda")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             update(optimizer, value)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         after = state_of(shards, optimizer)
         same = [torch.equal(tensor, after[key]) for key, tensor in before.items()]
         assert all(same) if not math.isfinite(norm) else not any(same[: len(shards.pieces)])

@@ -11,17 +11,22 @@ from flame.batch import IGNORED
 from flame.train import loss
 
 
+def states_head_and_labels(tokens: int, bias: bool) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    states = torch.randn(tokens, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 40, bias=bias)
+    labels = torch.randint(0, 40, (tokens,))
+    labels[::7] = IGNORED
+    return states, head, labels
+
+
 @pytest.mark.parametrize("tokens", [5, 64, 200])
 @pytest.mark.parametrize("bias", [True, False])
 def test_chunked_cross_entropy_and_its_gradients_equal_the_plain_one(
     tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 64)
-    torch.manual_seed(0)
-    states = torch.randn(tokens, 16, requires_grad=True)
-    head = torch.nn.Linear(16, 40, bias=bias)
-    labels = torch.randint(0, 40, (tokens,))
-    labels[::7] = IGNORED
+    states, head, labels = states_head_and_labels(tokens, bias)
     plain = F.cross_entropy(head(states), labels, ignore_index=IGNORED, reduction="sum")
     wanted = torch.autograd.grad(plain, [states, *head.parameters()])
     chunked = loss.chunked_cross_entropy(states, head.weight, head.bias, labels)
@@ -50,11 +55,7 @@ def test_squares_of_logsumexp_and_their_gradients_equal_the_plain_ones(
     tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 64)
-    torch.manual_seed(0)
-    states = torch.randn(tokens, 16, requires_grad=True)
-    head = torch.nn.Linear(16, 40, bias=bias)
-    labels = torch.randint(0, 40, (tokens,))
-    labels[::7] = IGNORED
+    states, head, labels = states_head_and_labels(tokens, bias)
     logits = head(states)
     plain = torch.stack(
         [

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flame.commands.export import choose_step, export_run
+from flame.commands.export import choose_step, exported, is_run
 from flame.data.catalog import Catalog, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan
 from flame.data.validation import open_validation, own_validation_data
 from flame.data.validation_set import read_validation_set
-from flame.errors import Exit, ModelError, RecipeError
+from flame.errors import Exit, RecipeError
 from flame.kernels import AUTO_TOKENS, compute_dtype
 from flame.models.build import build_on_meta, initialize
 from flame.models.export import load_exported
 from flame.models.family import Family
 from flame.models.pretrained import folder_config
-from flame.models.registry import family_of, load_config
-from flame.recipe import FILE, Recipe, run_recipe
-from flame.schema import parse_count
+from flame.models.registry import family_of
+from flame.origin import model_config
+from flame.recipe import Recipe, run_recipe
+from flame.schema import count_option
 from flame.train.checkpoint import step_directory
 from flame.train.loss import LossModule
 from flame.train.saved_tensors import SavedTensors
@@ -62,7 +60,8 @@ def evaluate(
             results = run_tasks(folder, tasks.split(","), include, shots, limit, batch_size)
         print(json.dumps(results, indent=2)) if as_json else show(results)
         return Exit.DONE
-    figures = held_out_loss(path, step, files or [], text, parse_tokens(tokens), length)
+    most = None if tokens is None else count_option("--tokens", tokens)
+    figures = held_out_loss(path, step, files or [], text, most, length)
     if as_json:
         print(json.dumps(figures, indent=2))
         return Exit.DONE
@@ -76,50 +75,18 @@ def evaluate(
     return Exit.DONE
 
 
-def parse_tokens(text: str | None) -> int | None:
-    """`10M`, or None for all."""
-    if text is None:
-        return None
-    try:
-        found = parse_count(text)
-    except ValueError as error:
-        raise RecipeError(f'--tokens: found "{text}", expected {error}') from None
-    if found < 1:
-        raise RecipeError(f"--tokens: found {found}, expected at least 1")
-    return found
-
-
-@contextmanager
-def exported(path: Path, step: int | None) -> Generator[Path]:
-    """The folder of an export, or a temporary one made of a run's checkpoint. Raises FlameError."""
-    if (path / FILE).exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            export_run(path, step, Path(scratch) / "model", "float32")
-            yield Path(scratch) / "model"
-    elif (path / "config.json").exists():
-        refuse_step(path, step)
-        yield path
-    else:
-        raise ModelError(f"{path}: neither a run directory nor an exported model")
-
-
-def refuse_step(path: Path, step: int | None) -> None:
-    if step is not None:
-        raise RecipeError(f"--step: {path} is an exported model, which has no steps; name its run")
-
-
 def held_out_loss(
     path: Path, step: int | None, files: list[str], text: str | None, tokens: int | None, length: int | None
 ) -> dict[str, Any]:
     """The figures of a `validation` event. `files`: else the run's own validation set is taken. Raises
     FlameError."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if (path / FILE).exists():
+    if is_run(path, step):
         recipe = run_recipe(path)
+        recipe.run.directory = str(path)  # it may have moved
         guest, family = of_checkpoint(path, recipe, step, device)
         tokenizer, longest = recipe.tokenizer, recipe.data.sequence_length
-    elif (path / "config.json").exists():
-        refuse_step(path, step)
+    else:
         if not files:
             raise RecipeError(f"{path} is an exported model, which names no data: give --files")
         recipe, config = None, folder_config(path)
@@ -127,8 +94,6 @@ def held_out_loss(
         limit = getattr(config, "max_position_embeddings", None)
         tokenizer = TokenizerConfig(str(path.absolute()))
         longest = min(DEFAULT_LENGTH, limit) if isinstance(limit, int) else DEFAULT_LENGTH
-    else:
-        raise ModelError(f"{path}: neither a run directory nor an exported model")
     length = longest if length is None else length
     data = (
         data_of_files(files, text, tokens, length, tokenizer) if files else data_of_run(path, recipe, tokens)
@@ -145,7 +110,7 @@ def of_checkpoint(
     run: Path, recipe: Recipe, step: int | None, device: torch.device
 ) -> tuple[nn.Module, Family]:
     """The model of a run's checkpoint, as it was trained."""
-    config = load_config(recipe.model.config, recipe.model.module)
+    config = model_config(recipe)
     family, model = family_of(config), build_on_meta(config)
     initialize(model, config, recipe.run.seed, torch.device("cpu"))
     model.load_state_dict(dict(SavedTensors(step_directory(run, choose_step(run, step)))), strict=False)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
-from flame.errors import CheckpointError, Exit, RecipeError
+from flame.errors import CheckpointError, Exit, ModelError, RecipeError
 from flame.exports import write_checkpoint
 from flame.models.export import SHARD_BYTES
-from flame.recipe import run_recipe
-from flame.schema import parse_count
+from flame.recipe import FILE, run_recipe
+from flame.schema import count_option
 from flame.train.checkpoint import problems, saved_steps, step_directory
 
 
 def export(run: str, step: int | None, to: str, dtype: str, shard_size: str, ema: bool) -> Exit:
     """Writes the model of a run's checkpoint, or the average of its weights, to the folder `to`."""
-    try:
-        shard_bytes = parse_count(shard_size)
-    except ValueError as error:
-        raise RecipeError(f"--shard-size: found {shard_size}, expected {error}") from None
-    if shard_bytes < 1:
-        raise RecipeError(f"--shard-size: found {shard_size}, expected at least 1")
+    shard_bytes = count_option("--shard-size", shard_size)
     step = export_run(Path(run), step, Path(to), dtype, shard_bytes, averaged=ema)
     what = "average of the model" if ema else "model"
     print(f"{to}: the {what} of {run} after step {step}; transformers' AutoModelForCausalLM loads it")
@@ -45,6 +43,28 @@ def export_run(
         raise CheckpointError(f"{path}: {problem}; choose another with --step: {saved_steps(run)}")
     write_checkpoint(recipe, step, to, dtype, shard_bytes, averaged=averaged)
     return step
+
+
+def is_run(path: Path, step: int | None) -> bool:
+    """Whether a path is a run's, else an export's, which has no `step`. Raises FlameError for any other."""
+    if (path / FILE).exists():
+        return True
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path}: neither a run directory nor an exported model")
+    if step is not None:
+        raise RecipeError(f"--step: {path} is an exported model, which has no steps; name its run")
+    return False
+
+
+@contextmanager
+def exported(path: Path, step: int | None = None) -> Generator[Path]:
+    """The folder of an export, or a temporary one made of a run's checkpoint. Raises FlameError."""
+    if not is_run(path, step):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        export_run(path, step, Path(scratch) / "model", "float32")
+        yield Path(scratch) / "model"
 
 
 def choose_step(run: Path, step: int | None) -> int:

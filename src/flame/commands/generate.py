@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,27 +9,18 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from flame.commands.export import export_run
+from flame.commands.export import exported
 from flame.data.config import BYTES
 from flame.data.tokens import load_tokenizer
 from flame.errors import Exit, ModelError
 from flame.models.export import load_exported
 from flame.models.families.own import OWN_FILE, continued
-from flame.recipe import FILE
 
 
 def generate(model: str, prompt: str, tokens: int, temperature: float, seed: int) -> Exit:
     """Prints the prompt and its continuation."""
-    path = Path(model)
-    if (path / FILE).exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            export_run(path, None, Path(scratch) / "model", "float32")
-            text = continuation(Path(scratch) / "model", prompt, tokens, temperature, seed)
-    elif (path / "config.json").exists():
-        text = continuation(path, prompt, tokens, temperature, seed)
-    else:
-        raise ModelError(f"{path}: neither a run directory nor an exported model")
-    print(text)
+    with exported(Path(model)) as folder:
+        print(continuation(folder, prompt, tokens, temperature, seed))
     return Exit.DONE
 
 

@@ -12,7 +12,7 @@ from flame.data.sample import sample_texts
 from flame.data.tokens import FILE_NAME, load_tokenizer, train_tokenizer
 from flame.errors import Exit, RecipeError
 from flame.recipe import read_recipe
-from flame.schema import parse_count
+from flame.schema import count_option
 
 MEASURED_CHARACTERS = 4_000_000  # of the sample, encoded again to say how it does
 
@@ -22,7 +22,7 @@ def train(path: str, flags: dict[str, str], vocabulary: str, characters: str) ->
     recipe = read_recipe(Path(path), flags)
     target = Path(recipe.tokenizer.path)
     folder = _folder(target)
-    size, wanted = _count("--vocabulary", vocabulary), _count("--characters", characters)
+    size, wanted = count_option("--vocabulary", vocabulary), count_option("--characters", characters)
     plan = DataPlan.of(recipe.data, recipe.batch.tokens_per_step, recipe.run.seed)
     sources = open_sources(recipe.data, plan, Path())
     seen: list[int] = []
@@ -57,13 +57,3 @@ def _folder(target: Path) -> Path:
             f"tokenizer.path: {target}: exists, and runs may depend on it; name another path or remove it"
         )
     return folder
-
-
-def _count(option: str, text: str) -> int:
-    try:
-        found = parse_count(text)
-    except ValueError as error:
-        raise RecipeError(f'{option}: found "{text}", expected {error}') from None
-    if found < 1:
-        raise RecipeError(f"{option}: found {found}, expected at least 1")
-    return found

@@ -92,7 +92,7 @@ class Lane:
         self._begin_phase()
         start, index = self.state(), self.window_index
         stage = self.plan.stage_of(index)
-        size = self.plan.steps_in_window(index) * self.plan.lane_rows(index)
+        size = self._window_rows()
         was_cut = [bool(stream.cursor.cut) for stream in self.streams]
         laid, documents, records, skips = self._fill(stage, size)
         rows = self._rows(stage, laid, documents, was_cut)
@@ -111,9 +111,8 @@ class Lane:
     def lacks(self) -> list[int]:
         """Tokens of each source that the next window will take, about, and that are not tokenized yet."""
         stage = self.plan.stage_of(self.window_index)
-        rows = self.plan.steps_in_window(self.window_index) * self.plan.lane_rows(self.window_index)
-        need, length = rows * stage.sequence_length, stage.sequence_length
-        weights = [0.0 if s.ended else w for s, w in zip(self.streams, stage.weights, strict=True)]
+        need, length = self._window_rows() * stage.sequence_length, stage.sequence_length
+        weights = self._weights(stage)
         total = sum(weights) or 1.0
         wanted = [int(need * weight / total * SPARE) + length if weight else 0 for weight in weights]
         return [max(0, tokens - stream.ahead) for tokens, stream in zip(wanted, self.streams, strict=True)]
@@ -124,6 +123,14 @@ class Lane:
         for stream in self.streams:
             values += stream.cursor.values()
         return values
+
+    def _window_rows(self) -> int:
+        """Rows that the next window has room for."""
+        return self.plan.steps_in_window(self.window_index) * self.plan.lane_rows(self.window_index)
+
+    def _weights(self, stage: Stage) -> list[float]:
+        """Of each source, 0 where it has ended."""
+        return [0.0 if s.ended else w for s, w in zip(self.streams, stage.weights, strict=True)]
 
     def _begin_phase(self) -> None:
         """The counters that choose the source start at zero where a phase begins."""
@@ -192,7 +199,7 @@ class Lane:
         """
         length, most = stage.sequence_length, stage.max_document_length
         given = [stream.cursor.phase_tokens for stream in self.streams]
-        weights = [0.0 if s.ended else w for s, w in zip(self.streams, stage.weights, strict=True)]
+        weights = self._weights(stage)
         pieces: list[int] = []  # flat: a tuple for each would cost more than its turn
         total = sum(weights)
         self._ended = self._ended or not any(weights)

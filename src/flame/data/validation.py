@@ -133,11 +133,6 @@ def validation_windows(catalog: Catalog, plan: DataPlan) -> Iterator[Window]:
             return
 
 
-def validation_rows(catalog: Catalog, plan: DataPlan, tokens: int | None = None) -> Iterator[Row]:
-    """The rows of `validation_data` one after another. Raises DataError where no document is held out."""
-    yield from rows_of(*validation_data(catalog, plan, tokens))
-
-
 def rows_of(catalog: Catalog, plan: DataPlan) -> Iterator[Row]:
     """The rows of `validation_windows` one after another, numbered from 0."""
     index = 0
