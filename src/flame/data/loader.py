@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
+from flame.batch import IGNORED, Batch, Counts, Row, StepRows
 from flame.data.ahead import OneThread, WindowsAhead
 from flame.data.catalog import Catalog, open_readers
 from flame.data.hashes import digest
@@ -20,7 +20,7 @@ from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
 from flame.data.tokens import PartsEncoder
-from flame.data.windows import EPOCH, Window, WindowStates, state_columns
+from flame.data.windows import RankWindow, state_columns
 from flame.errors import DataError, RecipeError
 
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
@@ -77,7 +77,6 @@ class Loader:
         }
         self._ahead = WindowsAhead(plan, self._lanes, self._tokenizer, plan.window_at(self._first_step)[0])
         self._owned = [lane for lane in self._lanes if lane % world == rank]
-        self.state_seconds = 0.0  # of the processor, spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(
@@ -171,63 +170,31 @@ class Loader:
             share = self._shares[plan.stage_number(index)]
             needed = {place % plan.lanes for place in share.places}  # the others are of another stage
             windows = {number: window for number, window in all_windows.items() if number in needed}
-            begun = time.thread_time()
-            owned = {lane: windows[lane] for lane in self._owned}
-            states = WindowStates(owned, plan.lanes, len(self.columns))
-            self.state_seconds += time.thread_time() - begun
+            window = RankWindow(windows, plan, share.places, self._owned, len(self.columns))
             end = start + plan.steps_in_window(index)
             for step in range(next_step, end):
-                yield self._assemble(share, step, step - start, windows, states)
+                yield self._assemble(share, window, step, step - start)
             next_step = end
 
-    def _assemble(
-        self,
-        share: Share,
-        step: int,
-        step_in_window: int,
-        windows: dict[int, Window],
-        states: WindowStates,
-    ) -> StepRows:
-        plan = self._plan
-        index = next(iter(windows.values())).index
-        lane_rows, first = plan.lane_rows(index), plan.first_row(step)
-        used = step_in_window * lane_rows
-        rows: list[Row] = []
-        hashes: list[int] = []
-        sources = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
-        for place in share.places:
-            packed, number = windows[place % plan.lanes].rows, used + place // plan.lanes
-            if number < len(packed):  # else the lane has ended
-                rows.append(packed.row(number, first + place))
-                hashes.append(int(packed.hashes[number]))
-                sources += packed.sources[number]
+    def _assemble(self, share: Share, window: RankWindow, step: int, step_in_window: int) -> StepRows:
+        rows, hashes, sources = window.rows(step_in_window, self._plan.first_row(step))
         counts = _counts(rows, hashes, sources)
-        zeros = np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32)
-        filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
-        rows += [filler] * (share.micro_batches * size - len(rows))
-        begun = time.thread_time()
-        state = states.after(used + lane_rows)
-        self.state_seconds += time.thread_time() - begun
-        records = np.zeros((len(sources), len(COUNTED)), dtype=np.int64)
-        skips: list[Skip] = []
-        if step_in_window == 0:
-            for lane in self._owned:
-                records += windows[lane].records
-                skips += windows[lane].skips
-        epochs = np.array([window.start[EPOCH] for window in windows.values()], dtype=np.int64).min(axis=0)
-        weighted = np.array(plan.stage_of(index).weights) > 0
+        if missing := share.micro_batches * size - len(rows):
+            length = window.stage.sequence_length
+            rows += [Row(-1, np.zeros(length, dtype=np.int32), np.zeros(0, dtype=np.int64))] * missing
+        begins = step_in_window == 0
         return StepRows(
             step=step,
             rows=tuple(rows),
             micro_batches=tuple(make_batch(rows[i : i + size]) for i in range(0, len(rows), size)),
             counts=counts,
-            records=records,
-            skips=tuple(skips),
+            records=window.records if begins else np.zeros_like(window.records),
+            skips=window.skips if begins else (),
             sources=sources,
-            epoch=int(epochs[weighted].min()),
-            epochs=epochs,
-            state=state,
+            epoch=window.epoch,
+            epochs=window.epochs,
+            take_state=window.take_state(step_in_window),
             wait_seconds=0.0,
         )
 

@@ -169,6 +169,13 @@ class Stream:
         reasons = {i: bad.reason for i, bad in enumerate(taken.bad[:passed]) if bad and bad is not HELD_OUT}
         cursor.skipped += len(reasons)
         cursor.held_out += taken.bad[:passed].count(HELD_OUT)
+        if max(taken.lengths, default=0) > self.longest or taken.parts.count(None) < len(taken):
+            self._count_overlong(taken, reasons)
+        return [taken.skip(reader, i, reasons[i]) for i in sorted(reasons)]
+
+    def _count_overlong(self, taken: Documents, reasons: dict[int, str]) -> None:
+        """Those of what was begun; where they are skipped, why, into `reasons`."""
+        cursor = self.cursor
         first = int(cursor.offset > 0)  # its own length was judged when it began
         for i, length in enumerate(taken.lengths[first:], first):
             part = taken.parts[i]
@@ -177,7 +184,6 @@ class Stream:
                 cursor.overlong += 1
                 if not self._cuts:
                     reasons[i] = self._too_long(taken, i)
-        return [taken.skip(reader, i, reasons[i]) for i in sorted(reasons)]
 
     # ------------------------------------------------------------------------------ looking ahead
 
@@ -254,6 +260,7 @@ class Reading:
         """Read about so many tokens more of each stream."""
         read = [stream.read(wanted) for stream, wanted in zip(streams, tokens, strict=True)]
         self._parts = [(stream, items) for stream, items in zip(streams, read, strict=True) if items]
+        self._characters = 0
         self._finish: Finish | None = None
 
     def __len__(self) -> int:
@@ -265,6 +272,7 @@ class Reading:
         items = [item for _, part in self._parts for item in part if isinstance(item[-1], str)]
         if items:
             texts = cast("list[str]", [item[-1] for item in items])
+            self._characters = sum(map(len, texts))
             self._finish = tokenizer.begin(texts, [not i[-3] for i in items], [i[-2] for i in items])
         return self
 
@@ -278,11 +286,12 @@ class Reading:
             ids, lengths = _with_ends(reader, items)
         else:
             ids, stops = self._finish() if self._finish else (NO_TOKENS, NO_STOPS)
-            each = iter(np.diff(stops, prepend=0).tolist())
-            lengths = [next(each) if isinstance(item[-1], str) else 0 for item in items]
+            lengths = np.diff(stops, prepend=0).tolist()
+            if len(lengths) < len(items):
+                each = iter(lengths)
+                lengths = [next(each) if isinstance(item[-1], str) else 0 for item in items]
             if len(ids):
-                characters = sum(len(item[-1]) for item in items if isinstance(item[-1], str))
-                reader.bytes_per_token = characters / len(ids)
+                reader.bytes_per_token = self._characters / len(ids)
         at = first = 0
         for stream, part in self._parts:
             found = lengths[at : at + len(part)]

@@ -84,17 +84,19 @@ class SourceReader:
     def _order(self, epoch: int, chunk: int) -> dict[int, Order]:
         """That of all lanes, at once: each is short."""
         plan, count = self.plan, len(self.blocks(epoch))
+        first, size = chunk * POSITIONS, plan.group_blocks
+        held = [blocks.positions_of_lane(count, lane, plan.lanes) for lane in self.lanes]
         lanes = np.array(self.lanes, dtype=np.int64)[:, None]
-        first, groups = chunk * POSITIONS, POSITIONS // plan.group_blocks
-        positions = lanes + np.arange(first, first + POSITIONS, dtype=np.int64) * plan.lanes
-        within = np.minimum(positions, count - 1).reshape(-1)
-        order = blocks.feistel(within, count, blocks.mix(plan.seed, epoch, self.key)).reshape(positions.shape)
-        numbers = np.arange(chunk * groups, (chunk + 1) * groups, dtype=np.uint64)
+        order = lanes + np.arange(first, min(first + POSITIONS, max(held)), dtype=np.int64) * plan.lanes
+        if not plan.validates:
+            key = blocks.mix(plan.seed, epoch, self.key)
+            inside = np.minimum(order, count - 1)  # not all lanes hold the last position
+            order = blocks.feistel(inside.reshape(-1), count, key).reshape(order.shape)
+        numbers = np.arange(first // size, -(-(first + order.shape[1]) // size), dtype=np.uint64)
         keys = blocks.mix_each(plan.seed, epoch, numbers, lanes.astype(np.uint64))
         draws = np.stack(blocks.philox_block(keys, self.key), axis=-1)
-        held = [blocks.positions_of_lane(count, lane, plan.lanes) - first for lane in self.lanes]
         return {
-            lane: Order(order[i, : max(0, held[i])], keys[i], draws[i]) for i, lane in enumerate(self.lanes)
+            lane: Order(order[i, : held[i] - first], keys[i], draws[i]) for i, lane in enumerate(self.lanes)
         }
 
     def records(self, group: list[Range]) -> list[tuple[int, int, Content]]:
@@ -131,7 +133,8 @@ class Walk:
         barren = 0  # units of groups in a row that hold no text
         for group in self._groups(first_epoch, first_group):
             self._found_text = skipped > 0
-            yield from islice(self._in_group(group), skipped, None)
+            documents = self._in_group(group)
+            yield from islice(documents, skipped, None) if skipped else documents
             skipped = 0
             if self._found_text:
                 barren = 0
@@ -175,9 +178,12 @@ class Walk:
                 if apart and not validates:
                     text = HELD_OUT
             parts: Sequence[str | np.ndarray | Bad] = (text,)
-            if not isinstance(text, Bad):
+            if isinstance(text, str):
                 self._found_text = True
-                parts = split_ids(text) if isinstance(text, np.ndarray) else split_text(text)
+                parts = split_text(text)
+            elif isinstance(text, np.ndarray):
+                self._found_text = True
+                parts = split_ids(text)
             if len(parts) == 1:
                 yield epoch, group.number, number, file, position, None, True, parts[0]
                 number += 1
