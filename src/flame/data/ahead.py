@@ -16,7 +16,7 @@ from flame.data.streams import Reading
 from flame.data.tokens import PartsEncoder
 from flame.data.windows import Window
 
-CALL_TOKENS = 2**18  # of several lanes, tokenized in one call
+CALL_TOKENS = 2**19  # of several lanes, tokenized in one call
 CALLS_AHEAD = 2  # so that the thread has the next one when it ends the one before
 
 

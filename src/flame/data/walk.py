@@ -87,12 +87,13 @@ class SourceReader:
         first, size = chunk * POSITIONS, plan.group_blocks
         held = [blocks.positions_of_lane(count, lane, plan.lanes) for lane in self.lanes]
         lanes = np.array(self.lanes, dtype=np.int64)[:, None]
-        order = lanes + np.arange(first, min(first + POSITIONS, max(held)), dtype=np.int64) * plan.lanes
+        stop = min(first + POSITIONS, max(held))
+        order = lanes + np.arange(first, stop, dtype=np.int64) * plan.lanes
         if not plan.validates:
             key = blocks.mix(plan.seed, epoch, self.key)
             inside = np.minimum(order, count - 1)  # not all lanes hold the last position
             order = blocks.feistel(inside.reshape(-1), count, key).reshape(order.shape)
-        numbers = np.arange(first // size, -(-(first + order.shape[1]) // size), dtype=np.uint64)
+        numbers = np.arange(first // size, -(-stop // size), dtype=np.uint64)
         keys = blocks.mix_each(plan.seed, epoch, numbers, lanes.astype(np.uint64))
         draws = np.stack(blocks.philox_block(keys, self.key), axis=-1)
         return {
