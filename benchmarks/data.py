@@ -6,7 +6,8 @@
 
 backends: the loader beside its tokenizer alone, each library of tokenizers; they take turns in one process,
 a window each, on the same text. `--rivals`: beside other loaders, each in an environment of its own that is
-made in the folder (rivals.py). `--all`: these and packing.py, shuffle.py, resume.py and memory.py.
+made in the folder (rivals.py). `--all`: these and packing.py, shuffle.py, resume.py, gil.py
+and memory.py.
 Prints a line for each figure and one JSON object at the end.
 """
 
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gil
 import packing
 import resume
 import rivals
@@ -57,6 +59,7 @@ def main() -> None:
         shape = (8, 128) if options.quick else (resume.ROWS, resume.SEQUENCE_LENGTH)
         size = 0.005 if options.quick else 10
         result["resume"] = resume.measure(text, TokenizerConfig(str(tokenizer)), size, shape)
+        result["gil"] = gil.measure(text, TokenizerConfig(str(tokenizer)), 1 if options.quick else 8)
         result["memory"] = memory_alone(options)
     result["seconds_in_all"] = round(time.monotonic() - began, 1)
     print(json.dumps(result), flush=True)

@@ -26,6 +26,7 @@ from machine import machine
 
 from flame.data import blocks
 from flame.data.config import DataConfig, SourceConfig
+from flame.data.encoders import Finish
 from flame.data.formats import Bad
 from flame.data.lanes import Lane
 from flame.data.plan import DataPlan
@@ -63,11 +64,9 @@ class Simulated(SourceReader):
 class FixedLength:
     """A tokenizer to which every document is as long."""
 
-    def encode_parts(
-        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def begin(self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]) -> Finish:
         stops = np.arange(1, len(texts) + 1) * DOCUMENT_TOKENS
-        return np.zeros(len(texts) * DOCUMENT_TOKENS, dtype=np.int32), stops
+        return lambda: (np.zeros(len(texts) * DOCUMENT_TOKENS, dtype=np.int32), stops)
 
 
 def main() -> None:

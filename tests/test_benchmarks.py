@@ -20,7 +20,7 @@ def ran(script: str, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", ["packing", "shuffle", "resume", "memory"])
+@pytest.mark.parametrize("script", ["packing", "shuffle", "resume", "gil", "memory"])
 def test_a_benchmark_prints_its_figures_with_the_machine(script: str, tmp_path: Path) -> None:
     folder = [] if script == "shuffle" else ["--folder", str(tmp_path / "made")]
     result = ran(f"{script}.py", "--json", str(tmp_path / "out.json"), *folder)
@@ -35,6 +35,8 @@ def test_a_benchmark_prints_its_figures_with_the_machine(script: str, tmp_path: 
     if script == "resume":
         assert figures["resume_seconds"].keys() == {"1%", "50%", "99%"}
         assert figures["reached"]["exact"]
+    if script == "gil":
+        assert figures["python_us"] > 0 and len(figures["seconds_beside"]) == 1
     if script == "memory":
         assert figures["resident_mib"].keys() == {"100", "150", "300"}
 

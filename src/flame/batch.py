@@ -115,5 +115,10 @@ class StepRows:
     sources: np.ndarray  # int64 [sources, 3]: `counts.tokens`, `.documents` and `.cut` of each source
     epoch: int  # the smallest over this rank's lanes and sources
     epochs: np.ndarray  # int64 [sources]: the smallest over this rank's lanes
-    state: np.ndarray  # int64 [N, F] after this step; zero in lanes that another rank owns
+    take_state: Callable[[], np.ndarray]  # gives `state`, which is made only for those who ask
     wait_seconds: float  # how long the trainer waited for these rows
+
+    @property
+    def state(self) -> np.ndarray:
+        """The data state after this step: int64 [N, F], zero in lanes that another rank owns."""
+        return self.take_state()

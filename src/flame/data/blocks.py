@@ -21,7 +21,7 @@ GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 MASK, HALF = 2**64 - 1, 2**32 - 1
 
 Range = tuple[int, int, int]  # file, start, stop
-Draws = tuple[int, int, int, int]  # the first of a Philox stream
+Draws = Sequence[int]  # four, the first of a Philox stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -46,29 +46,48 @@ PIECES = (
 )
 
 
+# All ids one after another, int32 [tokens], and where each text ends in them, int64 [texts].
+Encoded = tuple[np.ndarray, np.ndarray]
+Finish = Callable[[], Encoded]
+
+
 class Encoder(Protocol):
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids one after another, int32 [tokens], and where each text ends in them, int64 [texts]."""
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """The ids of texts."""
         ...
+
+    def begin(self, texts: Sequence[str]) -> Finish:
+        """The same, in two parts: what the library does without the interpreter lock is done now, and what
+        needs the lock when the result is called, which may be in another thread."""
+        made = self.encode(texts)
+        return lambda: made
 
     def count(self, texts: Sequence[str]) -> int:
         """The tokens of these texts, nothing made of them: the library's own speed, to measure against."""
         ...
 
 
-class Tokenizers:
+class Tokenizers(Encoder):
     """Hugging Face's library, in threads: the reference for the others."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner = inner
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = array("I")  # which takes numbers in half the time that "i" does
-        ends = np.empty(len(texts), dtype=np.int64)
-        for i, encoding in enumerate(self._encodings(texts)):
-            ids += array("I", encoding.ids)
-            ends[i] = len(ids)
-        return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32), ends
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        return self.begin(texts)()
+
+    def begin(self, texts: Sequence[str]) -> Finish:
+        encodings = self._encodings(texts)
+
+        def finish() -> Encoded:
+            ids = array("I")  # which takes numbers in half the time that "i" does
+            ends = np.empty(len(encodings), dtype=np.int64)
+            for i, encoding in enumerate(encodings):
+                ids += array("I", encoding.ids)
+                ends[i] = len(ids)
+            return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32), ends
+
+        return finish
 
     def count(self, texts: Sequence[str]) -> int:
         return sum(map(len, self._encodings(texts)))
@@ -77,13 +96,13 @@ class Tokenizers:
         return self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
-class Gigatoken:
+class Gigatoken(Encoder):
     """gigatoken, of the same tokenizer.json."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner: Any = _library("gigatoken").Tokenizer.from_json(_without_special(inner))
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         layout = self._inner.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         ids = np.asarray(layout.content.data).view(np.int32)[offsets[0] : offsets[-1]]  # of uint32
@@ -93,7 +112,7 @@ class Gigatoken:
         return len(self._inner.encode_batch(list(texts)).layout.content)
 
 
-class Fastokens:
+class Fastokens(Encoder):
     """fastokens, of the same tokenizer.json."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -102,7 +121,7 @@ class Fastokens:
         )  # its public door is for transformers
         self._inner: Any = native.Tokenizer.from_json_str(_without_special(inner))
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         ids, offsets = self._inner.encode_batch_flat(list(texts))
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)[1:]
 
@@ -110,13 +129,13 @@ class Fastokens:
         return len(self._inner.encode_batch_flat(list(texts))[0]) // 4
 
 
-class Tiktoken:
+class Tiktoken(Encoder):
     """tiktoken, of an `Encoding`."""
 
     def __init__(self, encoding: Any) -> None:
         self._encoding = encoding
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         found = [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         ends = np.cumsum([len(ids) for ids in found], dtype=np.int64)
         return np.concatenate([np.zeros(0, dtype=np.int32), *found]).astype(np.int32), ends
@@ -133,10 +152,10 @@ class Tiktoken:
         return sum(len(self._encoding.encode_to_numpy(text, disallowed_special=())) for text in texts)
 
 
-class Bytes:
+class Bytes(Encoder):
     """A token is a byte of UTF-8."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         encoded = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int32)
         return ids, np.cumsum([len(content) for content in encoded], dtype=np.int64)

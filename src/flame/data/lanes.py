@@ -15,13 +15,14 @@ from flame.data.hashes import of_bytes, row_hashes, window_hash
 from flame.data.mixture import next_source
 from flame.data.packing import ROW, pack, pack_whole
 from flame.data.plan import DataPlan, Stage
-from flame.data.streams import CURSOR, NO_TOKENS, Cursor, Mark, Stream, tokenize_ahead
+from flame.data.streams import CURSOR, NO_TOKENS, Cursor, Mark, Reading, Stream
 from flame.data.tokens import PartsEncoder
 from flame.data.walk import SourceReader
 from flame.data.windows import LANE_COLUMNS, PackedRows, Window, every
 from flame.errors import DataError
 
 NEVER = np.iinfo(np.int64).max  # the offset of a cut that is not there
+SPARE = 33 / 32  # of a window is tokenized more than it should take: texts are not all alike
 UNKNOWN = 0  # the hash of a window whose files have changed by permission
 
 
@@ -53,14 +54,16 @@ class Look(NamedTuple):
     found: bool  # whether there was a document; else the source has ended
 
 
-def tokenize_windows(tokenizer: PartsEncoder, lanes: Sequence[Lane]) -> None:
-    """Tokenize what the next windows of some lanes will take, about, in a call for each source."""
+def read_windows(lanes: Sequence[Lane]) -> list[Reading]:
+    """What the next windows of some lanes will take, about, and that is not tokenized yet: of each source."""
     lacks = [lane.lacks() for lane in lanes]
+    readings: list[Reading] = []
     for source in range(len(lacks[0])):
         wanted = [(lane.streams[source], of[source]) for lane, of in zip(lanes, lacks, strict=True)]
         wanted = [(stream, tokens) for stream, tokens in wanted if tokens]
         if wanted:
-            tokenize_ahead(tokenizer, *zip(*wanted, strict=True))
+            readings.append(Reading(*zip(*wanted, strict=True)))
+    return readings
 
 
 class Lane:
@@ -111,7 +114,7 @@ class Lane:
         need, length = self._window_rows() * stage.sequence_length, stage.sequence_length
         weights = self._weights(stage)
         total = sum(weights) or 1.0
-        wanted = [int(need * weight / total) + length if weight else 0 for weight in weights]
+        wanted = [int(need * weight / total * SPARE) + length if weight else 0 for weight in weights]
         return [max(0, tokens - stream.ahead) for tokens, stream in zip(wanted, self.streams, strict=True)]
 
     def state(self) -> list[int]:

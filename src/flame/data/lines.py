@@ -17,6 +17,7 @@ from flame.data.raw import SourceFile
 from flame.errors import DataError
 
 COUNTED_BYTES = 2**30  # lines are numbered in files up to this size; beyond, a place is a byte offset
+NEWLINE = ord("\n")
 CHUNK = 2**20  # bytes read at once where lines are counted
 
 
@@ -60,7 +61,7 @@ class JsonLines(Text):
         size = self._files[file].size()
         content = self._files.read_exactly(file, 0, size)
         data = np.frombuffer(content, dtype=np.uint8)
-        stops = np.flatnonzero(data == ord("\n")).astype(np.int64) + 1
+        stops = np.flatnonzero(data == NEWLINE).astype(np.int64) + 1
         if len(data) and (not len(stops) or stops[-1] != len(data)):
             stops = np.append(stops, len(data))
         starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1]])[: len(stops)]
@@ -96,6 +97,9 @@ class JsonLines(Text):
         content = view.read(first, stop - first)
         if len(content) < stop - first:
             raise self._files.shrunk(file, first + len(content), stop)
+        if start and content[0] == NEWLINE and content.find(b"\n", 1) == len(content) - 1:
+            line = content[1:]  # one whole line: nearly always where a block is a document
+            return [] if line.isspace() else [(start, line)]
         if start:
             newline = content.find(b"\n")
             if newline < 0:
@@ -111,8 +115,6 @@ class JsonLines(Text):
             if len(more) < size:
                 break
             size *= 2
-        if content.find(b"\n") == len(content) - 1:  # one line: nearly always where a block is a document
-            return [] if content.isspace() else [(start, content)]
         *whole, last = content.split(b"\n")  # bytes.splitlines would also end a line at a carriage return
         found: list[Record] = []
         for line in whole:

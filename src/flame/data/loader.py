@@ -12,17 +12,17 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from flame.batch import COUNTED, IGNORED, Batch, Counts, Row, Skip, StepRows
+from flame.batch import IGNORED, Batch, Counts, Row, StepRows
+from flame.data.ahead import OneThread, WindowsAhead
 from flame.data.catalog import Catalog, open_readers
 from flame.data.hashes import digest
-from flame.data.lanes import Lane, tokenize_windows
+from flame.data.lanes import Lane
 from flame.data.plan import DataPlan, Stage
 from flame.data.state import DataState
 from flame.data.tokens import PartsEncoder
-from flame.data.windows import EPOCH, Window, WindowStates, state_columns
+from flame.data.windows import RankWindow, state_columns
 from flame.errors import DataError, RecipeError
 
-CALL_TOKENS = 2**19  # of several lanes, tokenized in one call
 POLL_SECONDS = 0.05  # between looks at whether the loader was closed
 
 
@@ -67,17 +67,16 @@ class Loader:
         ]
         self._first_step = 0 if state is None else state.next_step
         states = None if state is None else state.rows_of_lanes(self.columns, plan.lanes)
-        tokenizer = catalog.load_tokenizer() if tokenizer is None else tokenizer
+        self._tokenizer = OneThread(catalog.load_tokenizer() if tokenizer is None else tokenizer)
         readers = open_readers(catalog, plan)
         current = plan.stage_number(plan.window_at(self._first_step)[0])
         wanted = {place % plan.lanes for share in self._shares[current:] for place in share.places}
-        self._tokenizer = tokenizer
         self._lanes = {
-            lane: Lane(plan, readers, tokenizer, lane, None if states is None else states[lane])
+            lane: Lane(plan, readers, self._tokenizer, lane, None if states is None else states[lane])
             for lane in sorted(wanted)
         }
+        self._ahead = WindowsAhead(plan, self._lanes, self._tokenizer, plan.window_at(self._first_step)[0])
         self._owned = [lane for lane in self._lanes if lane % world == rank]
-        self.state_seconds = 0.0  # of the processor, spent in taking the states of all steps made
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(
@@ -103,6 +102,10 @@ class Loader:
             raise got
         return replace(got, wait_seconds=time.perf_counter() - begun)
 
+    def wait_for_tokenizer(self) -> None:
+        """Until it is idle: what it was asked ahead is tokenized. Only where nothing is read in a thread."""
+        self._ahead.wait()
+
     def close(self) -> None:
         """End the producer. May be called again."""
         self._closed.set()
@@ -110,6 +113,7 @@ class Loader:
             self._ready.get_nowait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+        self._tokenizer.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -154,89 +158,43 @@ class Loader:
     def _produce(self) -> Iterator[StepRows]:
         """All steps from the first on, window by window, without end."""
         plan, next_step = self._plan, self._first_step
-        while True:
-            index, start = plan.window_at(next_step)
-            windows = self._windows(index, next_step)
-            if windows is None:
-                return
-            share = self._shares[plan.stage_number(index)]
-            begun = time.thread_time()
-            owned = {lane: windows[lane] for lane in self._owned}
-            states = WindowStates(owned, plan.lanes, len(self.columns))
-            self.state_seconds += time.thread_time() - begun
-            end = start + plan.steps_in_window(index)
-            for step in range(next_step, end):
-                yield self._assemble(share, step, step - start, windows, states)
-            next_step = end
-
-    def _windows(self, index: int, next_step: int) -> dict[int, Window] | None:
-        """The next window, by number, of all lanes that the current stage takes rows of; None when closed."""
-        plan, lanes = self._plan, list(self._lanes.items())
-        for number, lane in lanes:
+        index, _ = plan.window_at(next_step)
+        for number, lane in self._lanes.items():
             if lane.window_index != index:
                 raise DataError(
                     f"the data state is torn: step {next_step} lies in window {index}, but lane {number} "
                     f"is in window {lane.window_index}; resume from another checkpoint"
                 )
-        stage = plan.stage_of(index)
-        size = max(1, CALL_TOKENS * plan.lanes // (stage.steps_in_window(index) * stage.tokens_per_step))
-        windows: dict[int, Window] = {}
-        for group in (lanes[i : i + size] for i in range(0, len(lanes), size)):
-            if self._closed.is_set():
-                return None
-            tokenize_windows(self._tokenizer, [lane for _, lane in group])
-            windows |= {number: lane.next_window() for number, lane in group}
-        needed = {place % plan.lanes for place in self._shares[plan.stage_number(index)].places}
-        return {number: window for number, window in windows.items() if number in needed}
+        for all_windows in self._ahead.windows(self._closed):
+            index, start = plan.window_at(next_step)
+            share = self._shares[plan.stage_number(index)]
+            needed = {place % plan.lanes for place in share.places}  # the others are of another stage
+            windows = {number: window for number, window in all_windows.items() if number in needed}
+            window = RankWindow(windows, plan, share.places, self._owned, len(self.columns))
+            end = start + plan.steps_in_window(index)
+            for step in range(next_step, end):
+                yield self._assemble(share, window, step, step - start)
+            next_step = end
 
-    def _assemble(
-        self,
-        share: Share,
-        step: int,
-        step_in_window: int,
-        windows: dict[int, Window],
-        states: WindowStates,
-    ) -> StepRows:
-        plan = self._plan
-        index = next(iter(windows.values())).index
-        lane_rows, first = plan.lane_rows(index), plan.first_row(step)
-        used = step_in_window * lane_rows
-        rows: list[Row] = []
-        hashes: list[int] = []
-        sources = np.zeros((len(self._catalog.sources), 3), dtype=np.int64)
-        for place in share.places:
-            packed, number = windows[place % plan.lanes].rows, used + place // plan.lanes
-            if number < len(packed):  # else the lane has ended
-                rows.append(packed.row(number, first + place))
-                hashes.append(int(packed.hashes[number]))
-                sources += packed.sources[number]
+    def _assemble(self, share: Share, window: RankWindow, step: int, step_in_window: int) -> StepRows:
+        rows, hashes, sources = window.rows(step_in_window, self._plan.first_row(step))
         counts = _counts(rows, hashes, sources)
-        zeros = np.zeros(plan.stage_of(index).sequence_length, dtype=np.int32)
-        filler = Row(-1, zeros, np.zeros(0, dtype=np.int64))
         size = share.micro_batch_rows
-        rows += [filler] * (share.micro_batches * size - len(rows))
-        begun = time.thread_time()
-        state = states.after(used + lane_rows)
-        self.state_seconds += time.thread_time() - begun
-        records = np.zeros((len(sources), len(COUNTED)), dtype=np.int64)
-        skips: list[Skip] = []
-        if step_in_window == 0:
-            for lane in self._owned:
-                records += windows[lane].records
-                skips += windows[lane].skips
-        epochs = np.array([window.start[EPOCH] for window in windows.values()], dtype=np.int64).min(axis=0)
-        weighted = np.array(plan.stage_of(index).weights) > 0
+        if missing := share.micro_batches * size - len(rows):
+            length = window.stage.sequence_length
+            rows += [Row(-1, np.zeros(length, dtype=np.int32), np.zeros(0, dtype=np.int64))] * missing
+        begins = step_in_window == 0
         return StepRows(
             step=step,
             rows=tuple(rows),
             micro_batches=tuple(make_batch(rows[i : i + size]) for i in range(0, len(rows), size)),
             counts=counts,
-            records=records,
-            skips=tuple(skips),
+            records=window.records if begins else np.zeros_like(window.records),
+            skips=window.skips if begins else (),
             sources=sources,
-            epoch=int(epochs[weighted].min()),
-            epochs=epochs,
-            state=state,
+            epoch=window.epoch,
+            epochs=window.epochs,
+            take_state=window.take_state(step_in_window),
             wait_seconds=0.0,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from flame.batch import COUNTED, Skip
 from flame.data.documents import Documents, Taken
-from flame.data.formats import Bad
+from flame.data.encoders import Finish
 from flame.data.ids import BYTES_PER_ID, with_ends
 from flame.data.tokens import PartsEncoder
 from flame.data.walk import EXHAUSTED, HELD_OUT, Item, SourceReader, Walk
@@ -34,6 +34,7 @@ CURSOR = (
 )
 BATCH_BYTES = 8 * 2**20  # most text tokenized in one call
 NO_TOKENS = np.zeros(0, dtype=np.int32)
+NO_STOPS = np.zeros(0, dtype=np.int64)
 
 _cursor_values = attrgetter(*CURSOR)
 _cursor_counts = attrgetter(*COUNTED)
@@ -106,9 +107,12 @@ class Stream:
         """
         lengths = self.documents.lengths
         while True:
-            if self.at == len(lengths) and not tokenize_ahead(self._tokenizer, [self], [expected_tokens]):
-                self._over = True
-                return 0
+            if self.at == len(lengths):
+                reading = Reading([self], [expected_tokens])
+                if not len(reading):
+                    self._over = True
+                    return 0
+                reading.tokenize(self._tokenizer).append()
             length = lengths[self.at]
             if length and (self._cuts or self._takes(length)):
                 return length - self.offset
@@ -165,6 +169,13 @@ class Stream:
         reasons = {i: bad.reason for i, bad in enumerate(taken.bad[:passed]) if bad and bad is not HELD_OUT}
         cursor.skipped += len(reasons)
         cursor.held_out += taken.bad[:passed].count(HELD_OUT)
+        if max(taken.lengths, default=0) > self.longest or taken.parts.count(None) < len(taken):
+            self._count_overlong(taken, reasons)
+        return [taken.skip(reader, i, reasons[i]) for i in sorted(reasons)]
+
+    def _count_overlong(self, taken: Documents, reasons: dict[int, str]) -> None:
+        """Those of what was begun; where they are skipped, why, into `reasons`."""
+        cursor = self.cursor
         first = int(cursor.offset > 0)  # its own length was judged when it began
         for i, length in enumerate(taken.lengths[first:], first):
             part = taken.parts[i]
@@ -173,7 +184,6 @@ class Stream:
                 cursor.overlong += 1
                 if not self._cuts:
                     reasons[i] = self._too_long(taken, i)
-        return [taken.skip(reader, i, reasons[i]) for i in sorted(reasons)]
 
     # ------------------------------------------------------------------------------ looking ahead
 
@@ -242,42 +252,62 @@ class Stream:
         return sum(self.documents.lengths[self.at :]) - self.offset
 
 
-def tokenize_ahead(tokenizer: PartsEncoder, streams: Sequence[Stream], tokens: Sequence[int]) -> bool:
-    """Read about so many tokens more of each of some streams of one source, and tokenize them in one call,
-    because each call has its price. False where there was nothing to read."""
-    read = [stream.read(wanted) for stream, wanted in zip(streams, tokens, strict=True)]
-    items = [item for part in read for item in part]
-    if not items:
-        return False
-    reader = streams[0].reader
-    ids, lengths = _encode(reader, tokenizer, items)
-    if len(ids):
-        measured = sum(len(item[-1]) for item in items if isinstance(item[-1], str)) / len(ids)
-        reader.bytes_per_token = measured or reader.bytes_per_token
-    at = first = 0
-    for stream, part in zip(streams, read, strict=True):
-        if part:
+class Reading:
+    """Documents that were read ahead in some streams of one source, to be tokenized in one call, because each
+    call has its price."""
+
+    def __init__(self, streams: Sequence[Stream], tokens: Sequence[int]) -> None:
+        """Read about so many tokens more of each stream."""
+        read = [stream.read(wanted) for stream, wanted in zip(streams, tokens, strict=True)]
+        self._parts = [(stream, items) for stream, items in zip(streams, read, strict=True) if items]
+        self._characters = 0
+        self._finish: Finish | None = None
+
+    def __len__(self) -> int:
+        """The documents, those without text too."""
+        return sum(len(items) for _, items in self._parts)
+
+    def tokenize(self, tokenizer: PartsEncoder) -> Reading:
+        """The tokenizer's work, in whatever thread: no stream is touched."""
+        items = [item for _, part in self._parts for item in part if isinstance(item[-1], str)]
+        if items:
+            texts = cast("list[str]", [item[-1] for item in items])
+            self._characters = sum(map(len, texts))
+            self._finish = tokenizer.begin(texts, [not i[-3] for i in items], [i[-2] for i in items])
+        return self
+
+    def append(self) -> None:
+        """Hand the tokens to the streams."""
+        if not self._parts:
+            return
+        items = [item for _, part in self._parts for item in part]
+        reader = self._parts[0][0].reader
+        if reader.source.holds_ids:
+            ids, lengths = _with_ends(reader, items)
+        else:
+            ids, stops = self._finish() if self._finish else (NO_TOKENS, NO_STOPS)
+            lengths = np.diff(stops, prepend=0).tolist()
+            if len(lengths) < len(items):
+                each = iter(lengths)
+                lengths = [next(each) if isinstance(item[-1], str) else 0 for item in items]
+            if len(ids):
+                reader.bytes_per_token = self._characters / len(ids)
+        at = first = 0
+        for stream, part in self._parts:
             found = lengths[at : at + len(part)]
             end = first + sum(found)
             stream.append(part, ids[first:end], found)
             at, first = at + len(part), end
-    return True
 
 
-def _encode(reader: SourceReader, tokenizer: PartsEncoder, items: list[Item]) -> tuple[np.ndarray, list[int]]:
-    """The tokens of some documents, and how many each has: none where it holds no text."""
-    good = [item for item in items if not isinstance(item[-1], Bad)]
-    if reader.source.holds_ids:
-        vocabulary = reader.source.access.vocabulary
-        assert vocabulary is not None
-        made = [with_ends(cast("np.ndarray", i[-1]), not i[-3], i[-2], vocabulary) for i in good]
-        tokens, found = np.concatenate([NO_TOKENS, *made]), [len(ids) for ids in made]
-    else:
-        texts = cast("list[str]", [item[-1] for item in good])
-        begins = [not item[-3] for item in good]
-        tokens, stops = tokenizer.encode_parts(texts, begins, [item[-2] for item in good])
-        found = np.diff(stops, prepend=0).tolist()
-    if len(good) == len(items):
-        return tokens, found
-    each = iter(found)
-    return tokens, [0 if isinstance(item[-1], Bad) else next(each) for item in items]
+def _with_ends(reader: SourceReader, items: list[Item]) -> tuple[np.ndarray, list[int]]:
+    """The tokens of documents that are token ids, and how many each has: none where it is bad."""
+    vocabulary = reader.source.access.vocabulary
+    assert vocabulary is not None
+    made = [
+        with_ends(item[-1], not item[-3], item[-2], vocabulary)
+        if isinstance(item[-1], np.ndarray)
+        else NO_TOKENS
+        for item in items
+    ]
+    return np.concatenate(made), [len(ids) for ids in made]

@@ -17,7 +17,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flame.data.chat_tokens import ChatEncoder, Rendered
 from flame.data.config import BYTES
-from flame.data.encoders import Bytes, Encoder, Tiktoken, adversarial_texts, check_equal, make_encoder
+from flame.data.encoders import (
+    Bytes,
+    Encoded,
+    Encoder,
+    Finish,
+    Tiktoken,
+    adversarial_texts,
+    check_equal,
+    make_encoder,
+)
 from flame.errors import DataError, RecipeError
 
 PART_BYTES = 2**20  # longer text is tokenized in parts: some tokenizers are quadratic in it
@@ -46,12 +55,12 @@ TIKTOKEN = {
 class PartsEncoder(Protocol):
     """What the data plane asks of a tokenizer."""
 
-    def encode_parts(
-        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of documents, or of parts of long ones, one after another, int32 [tokens], and where each
-        ends in them, int64 [texts]. `begins`, `ends`: whether it begins or ends a document. Of a conversation
-        (a text that is `Rendered`), what has no loss is the id's complement."""
+    def begin(self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]) -> Finish:
+        """What gives the ids of documents, or of parts of long ones, one after another, int32 [tokens], and
+        where each ends in them, int64 [texts]. `begins`, `ends`: whether it begins or ends a document. Of a
+        conversation (a text that is `Rendered`), what has no loss is the id's complement.
+
+        The library's work is done here, in whatever thread, and the rest where the result is called."""
         ...
 
 
@@ -91,16 +100,24 @@ class Tokenizer:
         ids, stops = self.encode_parts(texts, whole, whole)
         return np.split(ids, stops[:-1]) if texts else []
 
-    def encode_parts(
-        self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_parts(self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]) -> Encoded:
+        """What `begin` gives, at once."""
+        return self.begin(texts, begins, ends)()
+
+    def begin(self, texts: Sequence[str], begins: Sequence[bool], ends: Sequence[bool]) -> Finish:
         """As `PartsEncoder` says."""
-        if not texts:
-            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
-        if isinstance(texts[0], Rendered):  # a source holds conversations or none
+        if texts and isinstance(texts[0], Rendered):  # a source holds conversations or none
             chats = self.chats.encode(cast("Sequence[Rendered]", texts))
-            return np.concatenate(chats), np.cumsum([len(ids) for ids in chats])
-        ids, stops = self.encoder.encode(texts)
+            return lambda: (np.concatenate(chats), np.cumsum([len(ids) for ids in chats]))
+        finish = self.encoder.begin(texts)
+        return lambda: self._with_ends(*finish(), begins, ends)
+
+    def _with_ends(
+        self, ids: np.ndarray, stops: np.ndarray, begins: Sequence[bool], ends: Sequence[bool]
+    ) -> Encoded:
+        """BOS and EOS where documents begin and end."""
+        if not len(stops):
+            return ids, stops
         last = np.array(ends)
         first = np.array(begins) if self.bos_id is not None else np.zeros_like(last)
         added = np.cumsum(first.astype(np.int64) + last)

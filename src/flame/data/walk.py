@@ -21,7 +21,8 @@ from flame.data.tokens import split_text
 HELD_OUT = Bad("held out for validation")  # in the place of a document's text
 EXHAUSTED = Bad("no text in as much as the whole source holds")  # behind that much
 BYTES_PER_TOKEN = 4  # of text that was not seen yet
-POSITIONS_AHEAD = 512  # block positions permuted at once
+POSITIONS = 512  # of a lane, ordered at once, for all lanes: groups are small where each document is a block
+KEPT_ORDERS = 4  # lanes are not at the same place
 
 # A document, or one part of a long one: epoch, group, its number in the group, file, position of the record
 # in its file, part (None where the text was not split), whether it ends its record, and what it holds. A
@@ -37,6 +38,14 @@ class Group(NamedTuple):
     ranges: list[Range]
     key: int  # of the permutation
     draws: Draws
+
+
+class Order(NamedTuple):
+    """The order of some positions of a lane."""
+
+    blocks: np.ndarray  # int64 [positions]
+    keys: np.ndarray  # uint64 [groups]: of the permutations of the groups that they are in
+    draws: np.ndarray  # uint64 [groups, 4]: the first of each
 
 
 class SourceReader:
@@ -55,19 +64,41 @@ class SourceReader:
         self.format: Format = source.open()
         self._remote = any(is_url(file.path) for file in source.files)
         self.key = blocks.name_key(source.name)
+        self.lanes: list[int] = []  # that walk it
+        self._orders: dict[tuple[int, int], dict[int, Order]] = {}
         self.bytes_per_token = float(BYTES_PER_TOKEN)  # as measured last; it only sizes what is read ahead
 
     def blocks(self, epoch: int) -> Blocks:
         """The blocks that the source has in an epoch."""
         return next(cut for first, cut in reversed(self._generations) if first <= epoch)
 
-    def block_order(self, epoch: int, lane: int, first: int, count: int) -> np.ndarray:
-        """The blocks at positions [first, first + count) of a lane in an epoch: int64."""
-        positions = lane + np.arange(first, first + count, dtype=np.int64) * self.plan.lanes
-        if self.plan.validates:
-            return positions
-        key = blocks.mix(self.plan.seed, epoch, self.key)
-        return blocks.feistel(positions, len(self.blocks(epoch)), key)
+    def order(self, epoch: int, lane: int, chunk: int) -> Order:
+        """The order of a lane's positions [chunk * POSITIONS, (chunk + 1) * POSITIONS) in an epoch."""
+        found = self._orders.get((epoch, chunk))
+        if found is None or lane not in found:
+            found = self._orders[epoch, chunk] = self._order(epoch, chunk)
+            while len(self._orders) > KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+        return found[lane]
+
+    def _order(self, epoch: int, chunk: int) -> dict[int, Order]:
+        """That of all lanes, at once: each is short."""
+        plan, count = self.plan, len(self.blocks(epoch))
+        first, size = chunk * POSITIONS, plan.group_blocks
+        held = [blocks.positions_of_lane(count, lane, plan.lanes) for lane in self.lanes]
+        lanes = np.array(self.lanes, dtype=np.int64)[:, None]
+        stop = min(first + POSITIONS, max(held))
+        order = lanes + np.arange(first, stop, dtype=np.int64) * plan.lanes
+        if not plan.validates:
+            key = blocks.mix(plan.seed, epoch, self.key)
+            inside = np.minimum(order, count - 1)  # not all lanes hold the last position
+            order = blocks.feistel(inside.reshape(-1), count, key).reshape(order.shape)
+        numbers = np.arange(first // size, -(-stop // size), dtype=np.uint64)
+        keys = blocks.mix_each(plan.seed, epoch, numbers, lanes.astype(np.uint64))
+        draws = np.stack(blocks.philox_block(keys, self.key), axis=-1)
+        return {
+            lane: Order(order[i, : held[i] - first], keys[i], draws[i]) for i, lane in enumerate(self.lanes)
+        }
 
     def records(self, group: list[Range]) -> list[tuple[int, int, Content]]:
         """The records of some blocks in file order: (file, position, content)."""
@@ -91,6 +122,7 @@ class Walk:
     def __init__(self, reader: SourceReader, lane: int, epoch: int, group: int, skipped: int) -> None:
         """`skipped`: documents of the first group that are passed."""
         self._reader, self._lane = reader, lane
+        reader.lanes.append(lane)
         self._found_text = False  # in the group that is read
         self._items = self._documents(epoch, group, skipped)
 
@@ -102,7 +134,8 @@ class Walk:
         barren = 0  # units of groups in a row that hold no text
         for group in self._groups(first_epoch, first_group):
             self._found_text = skipped > 0
-            yield from islice(self._in_group(group), skipped, None)
+            documents = self._in_group(group)
+            yield from islice(documents, skipped, None) if skipped else documents
             skipped = 0
             if self._found_text:
                 barren = 0
@@ -114,29 +147,20 @@ class Walk:
 
     def _groups(self, epoch: int, group: int) -> Iterator[Group]:
         """The groups from a place on."""
-        plan, size = self._reader.plan, self._reader.plan.group_blocks
-        while self._reader.max_epochs is None or epoch < self._reader.max_epochs:
-            positions = blocks.positions_of_lane(len(self._reader.blocks(epoch)), self._lane, plan.lanes)
-            for first in range(group * size, positions, POSITIONS_AHEAD // size * size):
-                count = min(POSITIONS_AHEAD // size * size, positions - first)
-                order = self._reader.block_order(epoch, self._lane, first, count)
-                ranges = self._reader.blocks(epoch).ranges(order)
-                numbers = range(first // size, (first + count - 1) // size + 1)
-                for number, key, draws in zip(numbers, *self._draws(epoch, numbers), strict=True):
-                    at = number * size - first
-                    self._reader.expect(ranges[at + size : at + 2 * size])
-                    yield Group(epoch, number, ranges[at : at + size], key, draws)
+        reader, size = self._reader, self._reader.plan.group_blocks
+        while reader.max_epochs is None or epoch < reader.max_epochs:
+            held = reader.blocks(epoch)
+            positions = blocks.positions_of_lane(len(held), self._lane, reader.plan.lanes)
+            while group * size < positions:
+                chunk, first = divmod(group * size, POSITIONS)
+                order = reader.order(epoch, self._lane, chunk)
+                ranges = held.ranges(order.blocks)
+                keys, draws_of = order.keys[first // size :].tolist(), order.draws[first // size :].tolist()
+                for at, key, draws in zip(range(first, len(ranges), size), keys, draws_of, strict=False):
+                    reader.expect(ranges[at + size : at + 2 * size])
+                    yield Group(epoch, group, ranges[at : at + size], key, draws)
+                    group += 1
             epoch, group = epoch + 1, 0
-
-    def _draws(self, epoch: int, groups: range) -> tuple[list[int], list[Draws]]:
-        """The keys of the orders of some groups, and their first draws: for many at once, because groups
-        are small where each document is a block."""
-        reader = self._reader
-        keys = blocks.mix_each(
-            reader.plan.seed, epoch, np.arange(groups.start, groups.stop, dtype=np.uint64), self._lane
-        )
-        draws = blocks.philox_block(keys, reader.key)
-        return keys.tolist(), list(zip(*(word.tolist() for word in draws), strict=True))
 
     def _in_group(self, group: Group) -> Iterator[Item]:
         """The documents of a group, permuted; the parts of a long one stay together, in order."""
@@ -155,9 +179,12 @@ class Walk:
                 if apart and not validates:
                     text = HELD_OUT
             parts: Sequence[str | np.ndarray | Bad] = (text,)
-            if not isinstance(text, Bad):
+            if isinstance(text, str):
                 self._found_text = True
-                parts = split_ids(text) if isinstance(text, np.ndarray) else split_text(text)
+                parts = split_text(text)
+            elif isinstance(text, np.ndarray):
+                self._found_text = True
+                parts = split_ids(text)
             if len(parts) == 1:
                 yield epoch, group.number, number, file, position, None, True, parts[0]
                 number += 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
 from flame.batch import COUNTED, Row, Segment, Skip
 from flame.data.chat_tokens import plain_ids
 from flame.data.documents import WindowDocuments
+from flame.data.plan import DataPlan
 from flame.data.streams import CURSOR
 
 LANE_COLUMNS = ("window", "row", "window_hash", "ended")  # then CURSOR for each source
@@ -75,30 +77,99 @@ class Window:
 
 class WindowStates:
     """The data states after the steps of one window. They differ in the rows used and in nothing else, until
-    the window ends."""
+    the window ends. They are made when the first is asked for: most steps are not saved."""
 
     def __init__(self, windows: dict[int, Window], lanes: int, columns: int) -> None:
         """`windows`: by lane, those that the state is of; other lanes' states are zero."""
         held = list(windows.values())
+        self._shape, self._owned = (lanes, columns), list(windows)
         self._size = held[0].size if held else 0
-        self._begun, self._end = np.zeros((2, lanes, columns), dtype=np.int64)
-        self._is_owned = np.zeros(lanes, dtype=np.int64)
-        if not held:
-            return
-        end = np.array([window.end for window in held], dtype=np.int64)
-        begun = np.array([window.start for window in held], dtype=np.int64)
-        records = np.stack([window.records for window in held])
-        begun[:, HASH] = [window.hash for window in held]
-        for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
-            begun[:, every(name)] += records[:, :, i]
-        begun[:, BEGUN] = end[:, BEGUN]
-        owned = list(windows)
-        self._begun[owned], self._end[owned], self._is_owned[owned] = begun, end, 1
+        self._starts, self._ends = [window.start for window in held], [window.end for window in held]
+        self._hashes, self._records = [window.hash for window in held], [window.records for window in held]
 
     def after(self, rows: int) -> np.ndarray:
         """The state when `rows` rows of each lane, at least one, are used: int64 [lanes, columns]."""
         if rows == self._size:
-            return self._end.copy()
+            return self._ended.copy()
         state = self._begun.copy()
-        state[:, ROW] = self._is_owned * rows
+        state[self._owned, ROW] = rows
         return state
+
+    @cached_property
+    def _ended(self) -> np.ndarray:
+        return self._of_owned(self._ends)
+
+    @cached_property
+    def _begun(self) -> np.ndarray:
+        """While rows are left, without the number of those used."""
+        begun, owned = self._of_owned(self._starts), self._owned
+        if not owned:
+            return begun
+        begun[owned, HASH] = self._hashes
+        begun[:, BEGUN] = self._ended[:, BEGUN]
+        records = np.zeros((len(begun), *self._records[0].shape), dtype=np.int64)
+        records[owned] = self._records
+        for i, name in enumerate(COUNTED):  # what a begun window passed has been reported
+            begun[:, every(name)] += records[:, :, i]
+        return begun
+
+    def _of_owned(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """The rows of the lanes that are owned, among zeros."""
+        state = np.zeros(self._shape, dtype=np.int64)
+        if rows:
+            values = array("q")
+            for row in rows:
+                values.extend(row)  # half the time that numpy takes for lists of lists
+            state[self._owned] = np.frombuffer(values, dtype=np.int64).reshape(len(rows), -1)
+        return state
+
+
+class RankWindow:
+    """A window of several lanes as one rank sees it: its rows step by step, and what they share."""
+
+    def __init__(
+        self,
+        windows: dict[int, Window],
+        plan: DataPlan,
+        places: Sequence[int],
+        owned: Sequence[int],
+        columns: int,
+    ) -> None:
+        """`windows`: by lane, those that rows come from. `places`: of the rank's rows in each step. `owned`:
+        the lanes that records and states are counted of here."""
+        index = next(iter(windows.values())).index
+        self.stage, self._lane_rows = plan.stage_of(index), plan.lane_rows(index)
+        begun = np.array([window.start[EPOCH] for window in windows.values()], dtype=np.int64)
+        self.epochs = begun.min(axis=0)  # int64 [sources]: the smallest over lanes
+        self.epoch = int(self.epochs[np.array(self.stage.weights) > 0].min())
+        self.states = WindowStates({lane: windows[lane] for lane in owned}, plan.lanes, columns)
+        self.records = np.zeros((len(self.epochs), len(COUNTED)), dtype=np.int64)
+        for lane in owned:
+            self.records += windows[lane].records
+        self.skips = tuple(skip for lane in owned for skip in windows[lane].skips)
+        # of each place in a step: its lane's rows, their hashes, which of the lane's rows, and the place
+        self._places: list[tuple[PackedRows, list[int], int, int]] = []
+        self._sources = np.zeros((plan.steps_in_window(index), len(self.epochs), 3), dtype=np.int64)
+        hashes = {lane: window.rows.hashes.tolist() for lane, window in windows.items()}
+        for place in places:
+            number, lane = divmod(place, plan.lanes)
+            rows = windows[lane].rows
+            self._places.append((rows, hashes[lane], number, place))
+            found = rows.sources[number :: self._lane_rows]
+            self._sources[: len(found)] += found
+
+    def rows(self, step: int, first: int) -> tuple[list[Row], list[int], np.ndarray]:
+        """The rows of the window's `step`-th step, their hashes, and `StepRows.sources`. `first`: the global
+        number of that step's first row."""
+        used = step * self._lane_rows
+        rows: list[Row] = []
+        found: list[int] = []
+        for packed, hashes, number, place in self._places:
+            if used + number < len(hashes):  # else the lane has ended
+                rows.append(packed.row(used + number, first + place))
+                found.append(hashes[used + number])
+        return rows, found, self._sources[step]
+
+    def take_state(self, step: int) -> Callable[[], np.ndarray]:
+        """What gives the data state after that step."""
+        return partial(self.states.after, (step + 1) * self._lane_rows)
