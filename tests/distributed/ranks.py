@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from flame import schema
+from flame.commands.train import has_gpu
 from flame.errors import FlameError
 from flame.recipe import read_recipe
 from flame.train.journal import read_lines
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# where there is a GPU, importing fla touches it, which a forked process could not use then
+CONTEXT: Any = multiprocessing.get_context("spawn" if has_gpu() else "forkserver")
 CONTEXT.set_forkserver_preload(["flame.run", "flame.train.recovery", "fla.models"])
 
 

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.errors import CheckpointError
 from flame.schema import Duration
@@ -124,15 +124,9 @@ class Checkpointer:
         self._rank = dist.get_rank(group)
         self._keep = keep, keep_every
         self._thread: threading.Thread | None = None
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        self._on_gpu = torch.cuda.is_available()
+        # torch's DefaultStager has one of these, which torch 2.11 closes after each save and cannot use again
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
         self.last_saved: int | None = None
         self.error: str | None = None
 
@@ -140,8 +134,8 @@ class Checkpointer:
         """Begins a checkpoint of `step`. Waits for the one before it."""
         self.wait()
         began = time.monotonic()
-        staged = cast("Tensors", self._stager.stage(tensors))
-        if torch.cuda.is_available():
+        staged = cast("Tensors", self._stager.stage(tensors, non_blocking=self._on_gpu))
+        if self._on_gpu:
             torch.cuda.synchronize()
         pause = time.monotonic() - began
         self._thread = threading.Thread(
