@@ -38,7 +38,9 @@ def test_activations_that_are_computed_again_train_the_same(
 
 
 @pytest.mark.parametrize(
-    "parallel", [pytest.param({"context": 2}, marks=pytest.mark.slow), CUT_STAGES], ids=named
+    "parallel",
+    [pytest.param({"context": 2}, marks=pytest.mark.slow), CUT_STAGES, DIVIDED_STAGES],
+    ids=named,
 )
 def test_the_penalty_on_logits_is_counted_once(parallel: dict[str, Any], recipe_of) -> None:
     replaced = Z_LOSS
@@ -120,12 +122,6 @@ def test_a_run_branches_off_one_process(parallel: dict[str, Any], recipe_of, tmp
             {"shard": 2, "pipeline": 2},
             VALIDATION,
             ["validation", "parallel.pipeline = 2", "parallel.shard"],
-        ),
-        (
-            "llama",
-            {"tensor": 2, "pipeline": 2},
-            Z_LOSS,
-            ["loss.z_loss", "parallel.tensor = 2", "parallel.shard"],
         ),
         ("llama", {"tensor": 3, "pipeline": 2}, {}, ["parallel.tensor: 3", "sizes that do: 1, 2"]),
         ("llama", {"tensor": 2, "pipeline": 4}, {}, ["parallel.pipeline: 4", "2 blocks", "use at most 2"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
     ):
         monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
+    name = f"bucket-{uuid.uuid4()}"  # moto keeps buckets for as long as its process lives
+    fsspec.filesystem("s3").mkdir(name)
+    yield f"s3://{name}"
     fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 

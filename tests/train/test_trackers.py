@@ -23,9 +23,10 @@ from flame.commands import train as train_command
 from flame.errors import RecipeError
 from flame.recipe import read_recipe
 from flame.train import config, trackers
-from flame.train.checkpoint import saved_steps, step_directory
 from flame.train.config import LoggingConfig
 from flame.train.journal import Journal, append_line, event, read_lines
+from flame.train.keeping import saved_steps, step_directory
+from flame.train.lifeline import StopFlag
 from flame.train.trackers import Trackers, without_secrets
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the form that wandb's have
@@ -157,7 +158,7 @@ def test_a_missing_package_is_named_before_anything_starts(
     monkeypatch.setattr(config, "find_spec", lambda name: None)
     recipe = read_recipe(write_recipe(), {"logging.trackers": '["mlflow"]'})
     with pytest.raises(RecipeError, match=r'pip install "flame\[mlflow\]"'):
-        train_command.start(recipe, 1)
+        train_command.start(recipe, 1, StopFlag())
     with pytest.raises(RecipeError, match="expected a list of wandb, mlflow"):
         read_recipe(write_recipe(), {"logging.trackers": "wandbb"})
 
