@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from distributed.ranks import Ranks, train_text
 from distributed.supervised import events
 
@@ -56,6 +57,7 @@ def with_slow_data(text: str) -> int:
     return train_text(text)
 
 
+@pytest.mark.slow
 def test_a_rank_whose_model_is_slow_is_named_once(write_recipe, tmp_path: Path) -> None:
     ranks = Ranks(3, with_a_slow_model, schema.to_toml(read_recipe(watched(write_recipe))))
     assert ranks.codes() == [0, 0, 0]

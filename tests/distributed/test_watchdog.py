@@ -94,7 +94,10 @@ def test_a_stopped_rank_is_named_and_replaced_in_seconds(write_recipe, tmp_path:
 
 @pytest.mark.parametrize(
     ("blocked", "phase", "where"),
-    [(blocked_in_data, "data", "next_step"), (blocked_in_forward, "computing", "endless")],
+    [
+        (blocked_in_data, "data", "next_step"),
+        pytest.param(blocked_in_forward, "computing", "endless", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_blocks_is_named_with_where_it_is(
     write_recipe, tmp_path: Path, blocked: Callable[..., int], phase: str, where: str
