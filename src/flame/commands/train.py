@@ -35,6 +35,7 @@ def train(
     stop = StopFlag()
     recipe = read_recipe(Path(path), flags)
     if dry:
+        check_ranks(recipe, ranks or 1)
         from flame.commands.dry_run import dry_run  # torch and the models, which take seconds to import
 
         return dry_run(recipe, ranks or 1, gpu_memory, as_json=as_json)
