@@ -16,17 +16,10 @@ PAIRS = [
     {"context": 2, "pipeline": 2},
 ]
 recipe_of = pytest.fixture(recipes)
-# what their stages hand on beside the states: values of the first layer, a table that lies on the first stage
-QUICK = ("hgrn2",)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family.name, marks=() if family.name in QUICK else pytest.mark.slow)
-        for family in families()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family.name for family in families()])
 def test_every_family_trains_the_same_on_these_pairs(family: str, recipe_of) -> None:
     for parallel in PAIRS:
         assert_trains_the_same(recipe_of, family, parallel, loss=2e-5, norm=2e-4)

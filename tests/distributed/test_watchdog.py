@@ -95,7 +95,7 @@ def test_a_stopped_rank_is_named_and_replaced_in_seconds(write_recipe, tmp_path:
 @pytest.mark.parametrize(
     ("blocked", "phase", "where"),
     [
-        (blocked_in_data, "data", "next_step"),
+        pytest.param(blocked_in_data, "data", "next_step", marks=pytest.mark.slow),
         pytest.param(blocked_in_forward, "computing", "endless", marks=pytest.mark.slow),
     ],
 )
