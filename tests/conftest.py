@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,26 @@ def write_recipe(text_folder: Path, tmp_path: Path) -> WriteRecipe:
         return path
 
     return write
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a folder in a new S3 bucket, on a server of this machine."""
+    import fsspec  # and moto: for the few tests that talk to a bucket
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+    ):
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4()}"  # moto keeps buckets for as long as its process lives
+    fsspec.filesystem("s3").mkdir(name)
+    yield f"s3://{name}/bucket"
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()

@@ -5,9 +5,9 @@ Shapes: b rows a micro-batch, L tokens a row, N lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +97,29 @@ class HeldOutBatch(NamedTuple):
     rows: list[int]  # their numbers in the set; -1 for filler
     sources: np.ndarray  # int64 [b, L]: the source of each token, -1 where there is none
     first: int = 0  # of the b * L tokens, where those of `batch` begin: it may be a part of the rows
+
+
+class RowSet(Protocol):
+    """The validation set, of which this rank has some rows; `flame.data.validation_set` holds one."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Of the whole set, int64 [sources, 4]: tokens, documents, predicted tokens, bytes of their text."""
+        ...
+
+    @property
+    def total_rows(self) -> int:
+        """Of the whole set."""
+        ...
+
+    def batches(self) -> Iterator[HeldOutBatch]:
+        """This rank's micro-batches, as many as on every other rank."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

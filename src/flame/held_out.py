@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from flame.batch import RowSet
 from flame.data.catalog import Catalog
 from flame.data.plan import DataPlan
 from flame.data.tokens import Tokenizer
@@ -24,7 +25,7 @@ from flame.train.hook import Hook, load_hook
 from flame.train.journal import event
 from flame.train.loss import LossModule
 from flame.train.samples import Samples
-from flame.train.validation import Follower, RowSet, Validation
+from flame.train.validation import Follower, Validation
 
 
 class SetReader:

@@ -260,26 +260,6 @@ def test_remote_files_are_listed_by_glob_and_named_from_the_fixed_prefix(
         names(f"{server.url}/in/b.jsonl", "a.jsonl")
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "x"),
-        ("AWS_SECRET_ACCESS_KEY", "x"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-    ):
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_bucket_gives_the_rows_of_a_folder(bucket: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()

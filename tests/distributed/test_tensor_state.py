@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from distributed.ranks import Ranks, metrics, train_on
+from distributed.saved_layouts import build_and_save, tensors_in
 from models.small_models import SMALL
 from small_recipes import MODELS
 
 from flame import schema
-from flame.models.registry import load_config
 from flame.parallel.mesh import Layout
-from flame.parallel.world import join_world
-from flame.recipe import FILE, Recipe, read_recipe
-from flame.run import build_guest, open_data
-from flame.train.checkpoint import load_tensors, step_directory, tensors_of
+from flame.recipe import read_recipe
+from flame.train.checkpoint import step_directory
 
 TENSOR, BOTH = {"tensor": 2, "shard": 1}, {"tensor": 2, "shard": 2}
 # an uneven vocabulary, tied or not; fused projections; tables beside the layers
@@ -31,28 +26,6 @@ CASES = {
     "gated_deltanet": {"vocab_size": 384},
 }
 NAMES = [pytest.param(name, marks=() if name == "mamba2" else pytest.mark.slow) for name in CASES]
-
-
-def build_and_save(text: str, loaded: str, saved: str) -> int:
-    """Builds the recipe's model at its layout, loads a checkpoint, if one is named, and saves all tensors."""
-    recipe = schema.build(Recipe, tomllib.loads(text), FILE)
-    world = join_world()
-    config = load_config(recipe.model.config, recipe.model.module)
-    guest = build_guest(recipe, world, open_data(recipe, world).catalog, config)
-    if loaded:
-        load_tensors(guest.model, guest.shards, guest.optimizer, Path(loaded), world.checkpoint)
-    state = tensors_of(guest.model, guest.shards, guest.optimizer)
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(saved), process_group=world.checkpoint)
-    dist.destroy_process_group()
-    return 0
-
-
-def tensors_in(path: Path) -> dict[str, torch.Tensor]:
-    reader = dcp.FileSystemReader(path)
-    saved = reader.read_metadata().state_dict_metadata
-    state = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in saved.items()}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 def assert_equal(one: Path, other: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -19,27 +17,6 @@ from flame.train.keeping import MANIFEST, saved_steps, step_directory
 from flame.train.mirror import Mirror
 
 EXACT = ("step", "tokens", "rows_digest", "loss", "grad_norm")
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "x"),
-        ("AWS_SECRET_ACCESS_KEY", "x"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-    ):
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{uuid.uuid4()}"  # moto keeps buckets for as long as its process lives
-    fsspec.filesystem("s3").mkdir(name)
-    yield f"s3://{name}"
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 def uploading(write_recipe, url: str, **options) -> Path:

@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flame.batch import Batch, HeldOutBatch, StepRows
+from flame.batch import Batch, HeldOutBatch, RowSet, StepRows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,22 +143,10 @@ class PartOfRows:
         return replace(step, micro_batches=parts)
 
 
-class HeldOutRows(Protocol):
-    """A set of validation rows."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-    @property
-    def counts(self) -> np.ndarray: ...
-    @property
-    def total_rows(self) -> int: ...
-    def batches(self) -> Iterator[HeldOutBatch]: ...
-
-
 class PartOfHeldOutRows:
     """A set of validation rows that gives this rank's run of each micro-batch; its counts are the whole's."""
 
-    def __init__(self, rows: HeldOutRows, mesh: DeviceMesh, method: str) -> None:
+    def __init__(self, rows: RowSet, mesh: DeviceMesh, method: str) -> None:
         self._rows, self._group, self._method = rows, mesh.get_group(), method
         self.sources, self.counts, self.total_rows = rows.sources, rows.counts, rows.total_rows
 

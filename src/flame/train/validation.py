@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,35 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flame.batch import HeldOutBatch
+from flame.batch import RowSet
 from flame.errors import DataError
 from flame.parallel.fsdp import reshard
 from flame.schema import Duration
 from flame.train.journal import Journal
 from flame.train.loss import LossModule
-
-
-class RowSet(Protocol):
-    """The validation set, of which this rank has some rows; `flame.data.validation_set` holds one."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Their names."""
-        ...
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Of the whole set, int64 [sources, 4]: tokens, documents, predicted tokens, bytes of their text."""
-        ...
-
-    @property
-    def total_rows(self) -> int:
-        """Of the whole set."""
-        ...
-
-    def batches(self) -> Iterator[HeldOutBatch]:
-        """This rank's micro-batches, as many as on every other rank."""
-        ...
 
 
 class Reader(Protocol):
