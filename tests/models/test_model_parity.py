@@ -114,7 +114,8 @@ CASES = {
     ),
     "comba": Case(
         delta.chunk_comba,
-        _plain(_naive("comba.naive", "naive_recurrent_comba")),
+        # its naive recurrence decays before it reads; its kernels and this function read first
+        _plain(_naive("comba.naive", "naive_chunk_comba")),
         {**KEYS, "p": (H, K), "g": (H,), "beta": (H,)},
         made={**DELTA, "p": _unit},
     ),

@@ -24,11 +24,13 @@ def gated_delta_rule(
     initial: Tensor | None = None,
     erase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(decay_t) (I - beta_t k_t p_t^T) S_(t-1) + beta_t k_t v_t^T, o_t = scale q_t S_t.
+    """S_t = exp(decay_t) S_(t-1) + beta_t k_t (v_t - p_t^T R_t)^T, o_t = scale q_t S_t.
 
+    Without `erase` p is k, and R_t, which it reads, the decayed state exp(decay_t) S_(t-1). With `erase`, which
+    is p, R_t is S_(t-1) itself, as in fla's kernels for Comba (arXiv 2506.02475).
     The chunked form of arXiv 2412.06464, section 3.3: within a chunk (I + L) u = beta v and
-    (I + L) w = beta p exp(total), L the strictly lower part of beta_i p_i k_j exp(total_i - total_j).
-    p is `erase`; left out, it is k (Comba, arXiv 2506.02475, has one of its own).
+    (I + L) w = beta p exp(read), L the strictly lower part of beta_i p_i k_j exp(read_i - total_j); total is
+    the sum of decays up to a token, read that of R.
     q, k, erase: [T, H, K]; v: [T, H, V]; decay <= 0, beta: [T, H]; initial: [N, H, K, V].
     Returns o [T, H, V] and the last states [N, H, K, V], float32.
     """
@@ -37,11 +39,13 @@ def gated_delta_rule(
     p = k if erase is None else chunks.spread(erase.float())
     decay, beta = (chunks.spread(x.float()[..., None]) for x in (decay, beta))
     total = decay.cumsum(-2)
+    read = total if erase is None else total - decay
     end = total[..., -1:, :]
-    future = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=q.device).triu(1)
-    between = (total - total.mT).masked_fill(future, float("-inf")).exp()
-    lower = ((p * beta) @ k.mT) * between
-    right = torch.cat([v * beta, p * (beta * total.exp())], -1)
+    later = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=q.device).triu()
+    between = (total - total.mT).masked_fill(later.triu(1), float("-inf")).exp()
+    reach = between if erase is None else (read - total.mT).masked_fill(later, float("-inf")).exp()
+    lower = ((p * beta) @ k.mT) * reach
+    right = torch.cat([v * beta, p * (beta * read.exp())], -1)
     solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
     kept = (k * (end - total).exp()).mT
