@@ -17,12 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from text import prepare
+from laid_out import lay_out
 
 FLAME = [sys.executable, "-m", "flame"]
 
@@ -38,7 +36,15 @@ def main() -> None:
     parser.add_argument("--characters", type=float, default=10e6, help="of text to lay out")
     options, overrides = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    recipe = write_recipe(options, overrides)
+    options.overrides = overrides
+    recipe = lay_out(
+        options.recipe,
+        options.folder,
+        characters=int(options.characters),
+        run={"steps": 3},
+        schedule={"warmup": "1 steps"},
+        logging={"every": "1 steps"},
+    )
     result: dict[str, Any] = {"recipe": options.recipe, "cores": len(os.sched_getaffinity(0)), "cases": {}}
     for case in options.cases.split(","):
         print(f"cold_start: {case}", file=sys.stderr, flush=True)
@@ -52,22 +58,6 @@ def main() -> None:
     if options.json is not None:
         with options.json.open("a") as file:
             file.write(line + "\n")
-
-
-def write_recipe(options: argparse.Namespace, overrides: list[str]) -> Path:
-    """The recipe on this machine's text; `--section.field value` of the command line over it."""
-    text, tokenizer = prepare(options.folder, int(options.characters), 32000)
-    recipe = tomllib.loads(Path(options.recipe).read_text())
-    recipe["run"] = {"directory": str(options.folder / "run"), "steps": 3}
-    recipe["tokenizer"]["path"] = str(tokenizer)
-    recipe["data"]["sources"] = [{"name": "python", "files": str(text)}]
-    recipe["schedule"]["warmup"] = "1 steps"
-    recipe["logging"] = {"every": "1 steps", "tensorboard": False}
-    recipe["model"]["config"] = str(Path(recipe["model"]["config"]).absolute())
-    path = options.folder / "recipe.toml"
-    path.write_text(tomli_w.dumps(recipe))
-    options.overrides = overrides
-    return path
 
 
 def empty(folder: Path) -> Path:

@@ -17,12 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from text import prepare
+from laid_out import lay_out
 
 SETTLED = 20  # steps at the end that are measured, at the least
 
@@ -39,17 +37,17 @@ def main() -> None:
     parser.add_argument("--characters", type=float, default=40e6, help="of text to lay out")
     options, overrides = parser.parse_known_args()
 
-    text, tokenizer = prepare(options.folder, int(options.characters), options.vocabulary)
     run = options.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    recipe = tomllib.loads(Path(options.recipe).read_text())
-    recipe["run"] = {"directory": str(run), "steps": options.steps}
-    recipe["tokenizer"]["path"] = str(tokenizer)
-    recipe["data"]["sources"] = [{"name": "python", "files": str(text)}]
-    recipe["schedule"]["warmup"] = f"{min(10, options.steps)} steps"
-    recipe["logging"] = {"tensorboard": False, "every": f"{options.log_every} steps"}
-    path = options.folder / "recipe.toml"
-    path.write_text(tomli_w.dumps(recipe))
+    path = lay_out(
+        options.recipe,
+        options.folder,
+        characters=int(options.characters),
+        vocabulary=options.vocabulary,
+        run={"steps": options.steps},
+        schedule={"warmup": f"{min(10, options.steps)} steps"},
+        logging={"every": f"{options.log_every} steps"},
+    )
     command = [sys.executable, "-m", "flame", "train", str(path), *overrides]
     began = time.monotonic()
     code = subprocess.run(command, check=False).returncode
@@ -67,6 +65,8 @@ def measured(run: Path) -> dict[str, Any]:
     try:
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except FileNotFoundError:
+        metrics = []
+    if not metrics:
         return {"steps": 0}
     settled = [m for m in metrics if m["step"] > metrics[-1]["step"] - SETTLED]
     environment = json.loads((run / "environment.json").read_text())

@@ -50,6 +50,16 @@ def test_help_answers_in_under_a_second_without_torch(arguments: list[str]) -> N
     assert min(seconds) < 1
 
 
+def test_what_ranks_are_forked_from_imports_nothing_that_touches_a_gpu() -> None:
+    code = (
+        "import importlib, sys; from flame.commands.train import WARM\n"
+        "for name in WARM: importlib.import_module(name)\n"
+        "print([name for name in ('fla', 'triton', 'torch._dynamo') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.run(["--version"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu.untuned import leave_untuned
 from models.small_models import SMALL, initialized, larger, packed
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class Difference:
     name: str
     hidden: float  # in parts of the largest value
     gradients: float  # each parameter's, in parts of its own norm
-    leaked: float  # largest gradient of one document's states in tokens that they may not see
+    leaked: float  # absolute gradients of one document's states in other documents' tokens, summed
+    ahead: float  # and of states in later tokens of their own document
 
 
 def compare(names: list[str], rows: list[list[int]], method: str, to: Path, gpu: bool = False) -> int:
@@ -38,6 +40,7 @@ def compare(names: list[str], rows: list[list[int]], method: str, to: Path, gpu:
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+        leave_untuned()
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=ranks)
     context_mixers.install()
     found = [asdict(_compared(name, rows, method, device)) for name in names]
@@ -83,8 +86,8 @@ def _compared(name: str, rows: list[list[int]], method: str, device: torch.devic
         if size:
             worst = max(worst, float((total - gradient.float()).norm()) / size)
     apart = float((part - hidden[start:end]).detach().abs().max() / hidden.detach().abs().max())
-    leaked = max(_leaked(family, model, cut, document) for document in _documents(cu_seqlens))
-    largest = torch.tensor([apart, worst, leaked], device=device)
+    unseen = [_unseen(family, model, cut, document) for document in _documents(cu_seqlens)]
+    largest = torch.tensor([apart, worst, *map(max, zip(*unseen, strict=True))], device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return Difference(name, *largest.tolist())
 
@@ -114,17 +117,17 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _leaked(family: Family, model: nn.Module, cut: Batch, document: tuple[int, int]) -> float:
-    """The largest gradient of the states of the first half of a document in what that half may not see.
-    Raises AssertionError where it has none in what it sees."""
+def _unseen(family: Family, model: nn.Module, cut: Batch, document: tuple[int, int]) -> tuple[float, float]:
+    """What the states of a document's first half have of absolute gradients, summed, in other documents and in
+    its second half. Raises AssertionError where they have none in what they see."""
     start, end = document
     middle = (start + end + 1) // 2
     hidden, embedded = _states(family, model, cut)
     size = hidden.shape[0]
     places = torch.arange(size, device=hidden.device) + dist.get_rank() * size
-    inside = ((places >= start) & (places < middle)).float()[:, None]
-    (gradient,) = torch.autograd.grad((hidden.float().square() * inside).sum(), embedded)
+    inside = (places >= start) & (places < middle)
+    ahead = (places >= middle) & (places < end)
+    (gradient,) = torch.autograd.grad((hidden.float().square() * inside[:, None]).sum(), embedded)
     by_token = gradient.float().abs().reshape(size, -1).sum(-1)
-    own = by_token[inside.flatten().bool()]
-    assert bool((own > 0).all()), "a token has no gradient in its own document"
-    return float(by_token[~inside.flatten().bool()].max()) if size > len(own) else 0.0
+    assert bool((by_token[inside] > 0).all()), "a token has no gradient in its own document"
+    return float(by_token[~(inside | ahead)].sum()), float(by_token[ahead].sum())

@@ -49,7 +49,7 @@ def assert_equal(found) -> None:
     for difference in found:
         assert difference.hidden < HIDDEN, difference
         assert difference.gradients < GRADIENTS, difference
-        assert difference.leaked == 0.0, difference
+        assert difference.leaked == difference.ahead == 0.0, difference
 
 
 @pytest.mark.parametrize(

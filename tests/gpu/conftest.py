@@ -1,42 +1,13 @@
-"""Kernels for tests of what they compute: no tuning, one candidate each is compiled."""
+"""No test here waits for kernels to be tuned."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import pytest
 import torch
+from gpu.untuned import leave_untuned
 
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autotuners take a known choice, else their first candidate that fits the GPU: what a kernel computes
-    does not depend on it, and to time all of them takes minutes."""
-    if not torch.cuda.is_available():
-        return
-    from triton.runtime.autotuner import Autotuner, OutOfResources
-
-    prune, run = Autotuner.prune_configs, Autotuner.run
-
-    def first_that_fits(self, *args, **kwargs):
-        configs, (*others, last) = self.configs, prune_all(self, args, kwargs)
-        try:
-            for config in others:
-                self.configs = [config]
-                with suppress(OutOfResources):
-                    return run(self, *args, **kwargs)
-            self.configs = [last]
-            return run(self, *args, **kwargs)
-        finally:
-            self.configs = configs
-
-    def prune_all(self, args, kwargs):
-        if len(self.configs) < 2:
-            return self.configs
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        try:
-            return prune(self, kwargs)
-        finally:
-            self.nargs = None
-
-    monkeypatch.setattr(Autotuner, "run", first_that_fits)
+    if torch.cuda.is_available():
+        leave_untuned(monkeypatch.setattr)

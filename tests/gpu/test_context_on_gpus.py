@@ -36,6 +36,7 @@ def test_a_document_cut_between_two_gpus_has_the_states_and_gradients_of_a_whole
         assert difference.hidden < 0.05, difference
         assert difference.gradients < 0.05, difference
         assert difference.leaked == 0.0, difference
+        assert difference.ahead < 1e-5, difference  # kernels take sums from sums, which leaves roundings
 
 
 @pytest.mark.parametrize("method", ["heads", "state"])

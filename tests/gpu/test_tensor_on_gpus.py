@@ -41,4 +41,7 @@ def test_a_model_trains_alike_on_two_tensor_ranks(
     for alone, divided in zip(one, two, strict=True):
         assert alone["rows_digest"] == divided["rows_digest"]
         assert divided["loss"] == pytest.approx(alone["loss"], abs=0.02)  # bfloat16
-        assert divided["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.05)
+    norms = [(alone["grad_norm"], divided["grad_norm"]) for alone, divided in zip(one, two, strict=True)]
+    assert norms[0][1] == pytest.approx(norms[0][0], rel=0.02), norms
+    for alone, divided in norms:  # of weights that have gone apart since
+        assert divided == pytest.approx(alone, rel=0.1), norms

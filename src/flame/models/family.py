@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from flame.models import cpu
 from flame.models.flops import FlopCount
 from flame.models.tensor_plan import TensorPlan
-from flame.models.zoo import quiet
 
 Block = tuple[str, nn.Module]
 
@@ -104,6 +102,10 @@ class Family:
 
     def build(self, config: PretrainedConfig) -> nn.Module:
         """The model of `config` on the meta device, in float32; `config` stays as it is."""
+        # here: this file says what a family is, and is read by processes that may not touch a GPU (fla does)
+        from flame.models import cpu
+        from flame.models.zoo import quiet
+
         if not torch.cuda.is_available():
             cpu.install()
         if self.make is not None:

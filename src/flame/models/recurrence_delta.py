@@ -26,8 +26,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(decay_t) S_(t-1) + beta_t k_t (v_t - p_t^T R_t)^T, o_t = scale q_t S_t.
 
-    Without `erase` p is k, and R_t, which it reads, the decayed state exp(decay_t) S_(t-1). With `erase`, which
-    is p, R_t is S_(t-1) itself, as in fla's kernels for Comba (arXiv 2506.02475).
+    Without `erase` p is k, and R_t, which it reads, the decayed state exp(decay_t) S_(t-1). `erase` is a p of
+    its own, which reads S_(t-1) itself, as in fla's kernels for Comba (arXiv 2506.02475).
     The chunked form of arXiv 2412.06464, section 3.3: within a chunk (I + L) u = beta v and
     (I + L) w = beta p exp(read), L the strictly lower part of beta_i p_i k_j exp(read_i - total_j); total is
     the sum of decays up to a token, read that of R.

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from flame.parallel.config import MemoryConfig
-from flame.parallel.context_mixers import install
 from flame.parallel.exchange import Exchange
 from flame.parallel.fsdp import shard
 from flame.parallel.recompute import recompute_block
@@ -22,6 +21,8 @@ def meet_ranks(meshes: Meshes | None) -> Exchange | None:
     """Before a model is divided: what mixes tokens learns of rows that lie on several ranks. What the tensor
     ranks divide the model with, None where there are none."""
     if meshes is not None and meshes.context is not None:
+        from flame.parallel.context_mixers import install  # with fla, whose import touches a GPU
+
         install()  # first: a divided layer keeps the functions that it finds
     return Exchange(meshes.tensor) if meshes is not None and meshes.tensor is not None else None
 

@@ -94,8 +94,10 @@ _reduce_scatter = _torch.reduce_scatter_single if _new else _torch.reduce_scatte
 
 def _eager(function: F) -> F:
     """torch.compile breaks its graph around a collective, which stays what it is."""
-    disable: Any = torch.compiler.disable
-    return disable(function)
+    any_torch: Any = torch
+    return any_torch._disable_dynamo(
+        function
+    )  # torch.compiler.disable would import dynamo and Triton at once
 
 
 @_eager

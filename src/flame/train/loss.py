@@ -15,9 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from flame.batch import IGNORED, Batch
-from flame.models.family import Family
 from flame.parallel.exchange import Exchange
-from flame.parallel.tensor import divide
 from flame.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_sums, vocabulary_token_losses
 
 CHUNK_TOKENS = 4096  # logits of so many tokens are in memory at a time, on CPU
@@ -103,12 +101,6 @@ class LossModule(nn.Module):
             partial(vocabulary_sums, exchange, first),
             partial(vocabulary_token_losses, exchange, first),
         )
-
-
-def divide_with_loss(model: LossModule, family: Family, exchange: Exchange) -> None:
-    """Divides a model on meta, and its loss, over tensor ranks (`parallel.tensor`)."""
-    divide(model.guest, family, exchange)
-    model.divide_vocabulary(exchange)
 
 
 def cross_entropy(

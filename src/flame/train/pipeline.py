@@ -70,6 +70,11 @@ class Stage(PipelineStage):
     """torch's stage, which takes memory to receive into when a micro-batch comes, and gives it back: torch's
     own holds as much for every micro-batch of a step from the first step on."""
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Without greetings from a rank to itself, where its stages follow each other: gloo refuses them."""
+        here = dist.get_rank()
+        return [greeting for greeting in super()._get_init_p2p_neighbors_ops() if greeting.peer != here]
+
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         with self._on_meta():
             return super()._prepare_forward_infra(*args, **kwargs)
@@ -122,7 +127,8 @@ class Stage(PipelineStage):
 def _give_back(expected: Sequence[Any]) -> None:
     for info in expected:
         if not Stage.is_root(info):
-            info.buffer = torch.empty_like(info.buffer, device="meta")
+            without = torch.empty_like(info.buffer, device="meta")
+            info.buffer = without.requires_grad_(info.buffer.requires_grad)
 
 
 class Pipeline:

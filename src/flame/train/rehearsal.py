@@ -18,7 +18,8 @@ from flame.models.family import Family
 from flame.parallel.apply import apply_parallelism
 from flame.parallel.config import MemoryConfig
 from flame.parallel.exchange import Alone
-from flame.train.loss import LossModule, divide_with_loss
+from flame.parallel.tensor import divide
+from flame.train.loss import LossModule
 from flame.train.shards import WholeModel
 
 DOCUMENT_TOKENS = (37, 700, 150, 2000, 64, 1200, 380)  # lengths of made-up documents, again and again
@@ -54,7 +55,9 @@ def small_model(
     with_loss = LossModule(model, family.hidden, family.head(model))
     blocks = [block for _, block in family.blocks(model)]
     if tensor_ranks > 1:
-        divide_with_loss(with_loss, family, Alone(tensor_ranks))
+        exchange = Alone(tensor_ranks)
+        divide(model, family, exchange)
+        with_loss.divide_vocabulary(exchange)
     apply_parallelism(
         with_loss, blocks, None, compute=compute, compile_blocks=compile_blocks, memory=MemoryConfig()
     )
