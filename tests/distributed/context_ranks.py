@@ -118,8 +118,8 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _unseen(family: Family, model: nn.Module, cut: Batch, document: tuple[int, int]) -> tuple[float, float]:
-    """What the states of a document's first half have of absolute gradients, summed, in other documents and in
-    its second half. Raises AssertionError where they have none in what they see."""
+    """What the states of a document's first half have of absolute gradients, summed, in other documents and
+    in its second half. Raises AssertionError where they have none in what they see."""
     start, end = document
     middle = (start + end + 1) // 2
     hidden, embedded = _states(family, model, cut)

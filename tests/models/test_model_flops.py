@@ -32,8 +32,8 @@ def test_flops_equal_what_torch_counts(name, monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
     count = family_of(SMALL[name]).flops(SMALL[name])
-    # transformers makes its rotary tables by a matrix product, 384 FLOPs of seven million
-    assert _measured(name, LENGTH) == pytest.approx(count.total(LENGTH, LENGTH**2), rel=1e-4)
+    # transformers makes its rotary tables by matrix products, 384 to 1,536 FLOPs of seven to ten million
+    assert _measured(name, LENGTH) == pytest.approx(count.total(LENGTH, LENGTH**2), rel=2e-4)
 
 
 def test_attention_counts_pairs_and_linear_attention_counts_states():

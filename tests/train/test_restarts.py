@@ -10,6 +10,7 @@ import pytest
 from flame.train import heartbeat, restarts, watchdog
 from flame.train.config import RecoveryConfig
 from flame.train.heartbeat import Beat, Heart
+from flame.train.recovery import in_a_line
 from flame.train.restarts import Budget, Recovery
 from flame.train.watchdog import Watchdog, behind, heart_file, make_files
 
@@ -124,3 +125,12 @@ def test_the_parts_of_a_recovery_are_those_of_its_last_rank() -> None:
         "stop",
         "start",
     ]
+
+
+def test_an_error_is_told_in_a_line_with_what_it_came_from() -> None:
+    error = RuntimeError("\n    [Stage 0] failed to run forward:\n    args: ()\n")
+    error.__cause__ = IndexError("list index out of range")
+    assert in_a_line(error) == (
+        "RuntimeError: [Stage 0] failed to run forward: (from IndexError: list index out of range)"
+    )
+    assert in_a_line(MemoryError()) == "MemoryError"

@@ -49,9 +49,10 @@ class StageModule(LossModule):
         """Before a step. Every schedule takes the micro-batches in their order through a stage's forward."""
         self._batches, self._seed, self._turn, self.losses = batches, seed, 0, []
 
-    def forward(self, *received: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, *received: Tensor, turn: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The next micro-batch. What goes to the next stage, states [b, L, d] first; on the last one the
-        sum of cross-entropy, a float32 scalar."""
+        sum of cross-entropy, a float32 scalar. `turn`, which is not read, is there because FSDP2 on GPUs
+        cannot call a module without arguments, as the first stage would be."""
         batch = self._batches[self._turn]
         self._turn += 1
         seed_generators(*self._seed, batch.first_row)
@@ -157,8 +158,9 @@ class Pipeline:
         self._divisor = max(1, predicted)
         for place, module in enumerate(self._modules):
             module.begin(batches, (*seed, place) if place else seed)
-        schedule = self._schedule(len(batches), tuple(batches[0].tokens.shape))
-        schedule.step(target=torch.zeros(len(batches)), return_outputs=False)
+        count = len(batches)
+        schedule = self._schedule(count, tuple(batches[0].tokens.shape))
+        schedule.step(turn=torch.arange(count), target=torch.zeros(count), return_outputs=False)
         losses = [loss for module in self._modules for loss in module.losses]
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self._device)

@@ -346,7 +346,14 @@ def worker(logs: Path, scratch: Path, work: Work, *args: Any) -> int:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"rank-{os.environ['RANK']}.log").open("a") as log:
             traceback.print_exc(file=log)
-        leave(Exit.FAILED, f"{type(error).__name__}: {error}".splitlines()[0])
+        leave(Exit.FAILED, in_a_line(error))
+
+
+def in_a_line(error: BaseException) -> str:
+    """The first line of what an error says, and of what it came from."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = ": ".join([type(error).__name__, *lines[:1]])
+    return f"{told} (from {in_a_line(error.__cause__)})" if error.__cause__ is not None else told
 
 
 def leave(code: int, message: str) -> NoReturn:
