@@ -26,7 +26,8 @@ from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 
-SEQUENCE_LENGTH, ROWS, COUNT = 2048, 16, 2_000_000
+SEQUENCE_LENGTH, ROWS = 2048, 16
+COUNT = 40_000_000  # some seconds, in which the loader gives many steps
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     characters, vocabulary = 60_000_000, 32000
     if options.quick:
         options.rounds, characters, vocabulary = 1, 200_000, 1000
+        options.tokens_per_second = 1e6
     text, tokenizer = prepare(options.folder, characters, vocabulary)
     settings = TokenizerConfig(str(tokenizer), backend=options.backend)
     result = {**machine(), "gil": measure(text, settings, options.rounds, options.tokens_per_second)}
@@ -63,7 +65,7 @@ class Consumer(threading.Thread):
 
 
 def counting() -> float:
-    """Seconds of some pure Python."""
+    """Seconds of some pure Python, which holds the lock."""
     began, total = time.perf_counter(), 0
     for i in range(COUNT):
         total += i

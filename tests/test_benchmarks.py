@@ -36,7 +36,7 @@ def test_a_benchmark_prints_its_figures_with_the_machine(script: str, tmp_path: 
         assert figures["resume_seconds"].keys() == {"1%", "50%", "99%"}
         assert figures["reached"]["exact"]
     if script == "gil":
-        assert figures["python_us"] > 0 and len(figures["seconds_beside"]) == 1
+        assert figures["python_us"] > 0 and figures["tokens_per_second"] > 0
     if script == "memory":
         assert figures["resident_mib"].keys() == {"100", "150", "300"}
 

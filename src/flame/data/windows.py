@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
 
@@ -117,10 +117,9 @@ class WindowStates:
         """The rows of the lanes that are owned, among zeros."""
         state = np.zeros(self._shape, dtype=np.int64)
         if rows:
-            values = array("q")
-            for row in rows:
-                values.extend(row)  # half the time that numpy takes for lists of lists
-            state[self._owned] = np.frombuffer(values, dtype=np.int64).reshape(len(rows), -1)
+            count = len(rows) * self._shape[1]
+            values = np.fromiter(chain.from_iterable(rows), np.int64, count)  # faster than of lists of lists
+            state[self._owned] = values.reshape(len(rows), -1)
         return state
 
 
