@@ -1,12 +1,14 @@
 """The same steps on one GPU and on several, by each layout: losses, speed and memory.
 
     python benchmarks/layouts.py configs/recipes/gla_340M.toml ... [--gpus 2] [--steps 20] \
-        [--layouts one,shard,tensor,pipeline,context] [--kernels ARCHIVE ...] [--json results.jsonl]
+        [--layouts one,other-order,shard,tensor,pipeline,context] [--kernels ARCHIVE ...] \
+        [--json results.jsonl] [--section.field VALUE ...]
 
-Every run is `flame train` on this machine's own text, with rows of 16,384 tokens and 65,536 tokens a step.
-Prints a line a run, and one JSON object for each recipe: each layout's losses, and beside one GPU's run the
-largest differences of loss and (relative) gradient norm over all steps; tokens per second, the median of the
-last steps; rank 0's peak memory.
+Every run is `flame train` on this machine's own text: 131,072 tokens a step in rows of 32,768, one a
+micro-batch, at a rate of 1e-4, which lets roundings grow slowly. `other-order` is one GPU with micro-batches
+of two rows: what another order of sums alone makes of the losses. Prints a line a run, and a JSON object for
+each recipe: each layout's losses and gradient norms step by step, and beside one GPU's run their largest
+differences (that of norms relative); tokens per second, the median of the last steps; rank 0's peak memory.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from flame.train.journal import read_lines
 
 FLAME = [sys.executable, "-m", "flame"]
 Steps = list[dict[str, Any]]
-WAYS = ("shard", "tensor", "pipeline", "context")
+LAYOUTS = ("one", "other-order", "shard", "tensor", "pipeline", "context")
+ON_ONE = {"one": [], "other-order": ["--batch.micro-batch-rows", "2"]}
 
 
 def main() -> None:
@@ -36,12 +39,12 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layouts", default=",".join(("one", *WAYS)))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--kernels", nargs="*", default=[], help="archives of `flame kernels pack`")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds a run may take")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flame-layouts"))
     parser.add_argument("--json", type=Path, default=None, help="append the results to this file")
-    options = parser.parse_args()
+    options, options.overrides = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("FLAME_KERNEL_CACHE", str(options.folder / "kernels"))
     for archive in options.kernels:
@@ -62,8 +65,9 @@ def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         options.folder,
         characters=int(10e6),
         run={"steps": options.steps},
-        data={"sequence_length": 16384},
-        batch={"tokens_per_step": 65536, "micro_batch_rows": 1},
+        data={"sequence_length": 32768},
+        batch={"tokens_per_step": 131072, "micro_batch_rows": 1},
+        optimizer={"learning_rate": 1e-4, "epsilon": 1e-8},
         schedule={"warmup": f"{min(10, options.steps)} steps"},
         logging={"every": "1 steps"},
     )
@@ -77,7 +81,8 @@ def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         for name in ("device", "packages"):
             result[name] = found.pop(name, result.get(name))
         result["layouts"][layout] = found
-        print(Path(recipe).stem, layout, json.dumps(found), file=sys.stderr, flush=True)
+        short = {name: value for name, value in found.items() if not name.startswith("each_")}
+        print(Path(recipe).stem, layout, json.dumps(short), file=sys.stderr, flush=True)
     return result
 
 
@@ -87,9 +92,9 @@ def train(
     """One run: its figures, and its record of each step."""
     run = options.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    ranks = 1 if layout == "one" else options.gpus
-    parallel = [] if layout == "one" else [f"--parallel.{layout}", str(ranks)]
-    command = [*FLAME, "train", str(recipe), "--nproc", str(ranks), *parallel]
+    ranks = 1 if layout in ON_ONE else options.gpus
+    settings = ON_ONE.get(layout, [f"--parallel.{layout}", str(ranks)])
+    command = [*FLAME, "train", str(recipe), "--nproc", str(ranks), *options.overrides, *settings]
     began = time.monotonic()
     with (options.folder / f"{layout}.log").open("wb") as log:
         try:
@@ -100,7 +105,9 @@ def train(
             code = None
     seconds = round(time.monotonic() - began, 1)
     steps = list(read_lines(run / "metrics.jsonl"))
-    return {"exit": code, **measured(run), "seconds_in_all": seconds}, steps
+    found = {"exit": code, **measured(run), "seconds_in_all": seconds}
+    found |= {f"each_{name}": [round(step[name], 5) for step in steps] for name in ("loss", "grad_norm")}
+    return found, steps
 
 
 def differences(steps: Steps, alone: Steps) -> dict[str, Any]:
