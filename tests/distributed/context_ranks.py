@@ -21,6 +21,7 @@ from flame.models.family import Family
 from flame.models.registry import family_of
 from flame.parallel import context_mixers
 from flame.parallel.context import split_batch
+from flame.train.journal import read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Difference:
 
 
 def compare(names: list[str], rows: list[list[int]], method: str, to: Path, gpu: bool = False) -> int:
-    """Work for `Ranks`: rank 0 writes a `Difference` for each model into the file `to`."""
+    """Work for `Ranks`: rank 0 writes a `Difference` for each model into the file `to`, one after another."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
     if gpu:
@@ -43,15 +44,17 @@ def compare(names: list[str], rows: list[list[int]], method: str, to: Path, gpu:
         leave_untuned()
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=ranks)
     context_mixers.install()
-    found = [asdict(_compared(name, rows, method, device)) for name in names]
-    if rank == 0:
-        to.write_text(json.dumps(found))
+    for name in names:
+        found = _compared(name, rows, method, device)
+        if rank == 0:
+            with to.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
     dist.destroy_process_group()
     return 0
 
 
 def differences(path: Path) -> list[Difference]:
-    return [Difference(**record) for record in json.loads(path.read_text())]
+    return [Difference(**record) for record in read_lines(path)]
 
 
 def _compared(name: str, rows: list[list[int]], method: str, device: torch.device) -> Difference:

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from flame import schema
-from flame.commands.train import has_gpu
+from flame.commands.train import WARM, WARM_WITHOUT_GPU, has_gpu
 from flame.errors import FlameError
 from flame.recipe import read_recipe
 from flame.train.journal import read_lines
 
 # where there is a GPU, importing fla touches it, which a forked process could not use then
-CONTEXT: Any = multiprocessing.get_context("spawn" if has_gpu() else "forkserver")
-CONTEXT.set_forkserver_preload(["flame.run", "flame.train.recovery", "fla.models"])
+WITH_GPU = has_gpu()
+if WITH_GPU:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # nor if the driver had been asked for GPUs
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([*WARM] if WITH_GPU else [*WARM, *WARM_WITHOUT_GPU])
 
 
 class Ranks:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.context_ranks import compare, differences
+from distributed.context_ranks import Difference, compare, differences
 from distributed.ranks import Ranks, metrics, train_on
 from models.small_models import SMALL, larger
 from small_recipes import MODELS
@@ -24,19 +24,33 @@ ATTENTION = [name for name in SMALL if family_of(SMALL[name]).source == "transfo
 RECURRENT = [name for name in SMALL if name not in ATTENTION]
 
 
-@pytest.mark.parametrize("method", ["heads", "state"])
-@pytest.mark.parametrize("name", [*RECURRENT, "llama", "mistral"])
-def test_a_document_cut_between_two_gpus_has_the_states_and_gradients_of_a_whole_one(name, method, tmp_path):
-    if method == "state" and not family_of(SMALL[name]).context.hands_on:
+NAMES = [*RECURRENT, "llama", "mistral"]
+
+
+def hands_on(name: str) -> bool:
+    plan = family_of(SMALL[name]).context
+    return plan is not None and plan.hands_on
+
+
+@pytest.fixture(scope="module", params=["heads", "state"])
+def found(request, tmp_path_factory) -> dict[str, Difference]:
+    """Of all models, by two ranks one after another: to begin takes longer than to compare."""
+    names = [name for name in NAMES if request.param == "heads" or hands_on(name)]
+    told = tmp_path_factory.mktemp("context") / "found.jsonl"
+    Ranks(2, compare, names, ROWS, request.param, told, True).codes(timeout=900)
+    return {difference.name: difference for difference in differences(told)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_document_cut_between_two_gpus_has_the_states_and_gradients_of_a_whole_one(name, found):
+    if name not in found and not hands_on(name):
         pytest.skip("its state cannot be handed on")
-    works = Ranks(2, compare, [name], ROWS, method, tmp_path / "found.json", True)
-    assert works.codes(timeout=600) == [0, 0]
-    for difference in differences(tmp_path / "found.json"):
-        # bfloat16 keeps eight bits; sums over the ranks round once more
-        assert difference.hidden < 0.05, difference
-        assert difference.gradients < 0.05, difference
-        assert difference.leaked == 0.0, difference
-        assert difference.ahead < 1e-5, difference  # kernels take sums from sums, which leaves roundings
+    difference = found[name]
+    # bfloat16 keeps eight bits; sums over the ranks round once more
+    assert difference.hidden < 0.05, difference
+    assert difference.gradients < 0.05, difference
+    assert difference.leaked == 0.0, difference
+    assert difference.ahead < 1e-5, difference  # kernels take sums from sums, which leaves roundings
 
 
 @pytest.mark.parametrize("method", ["heads", "state"])
