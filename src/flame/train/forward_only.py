@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from flame.batch import Batch, HeldOutBatch
-from flame.train.pipeline import Pipeline
+
+if TYPE_CHECKING:  # torch's schedules bring Triton, which what ranks are forked from must not import
+    from flame.train.pipeline import Pipeline
 
 
 @dataclass(slots=True)
