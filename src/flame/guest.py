@@ -138,23 +138,23 @@ def check_fits(recipe: Recipe, world: World, family: Family, config: Any, layout
     asks for do not go with the layout."""
     check_layout(family, config, layout, recipe.parallel.context_method)
     check_lengths((stage.sequence_length for stage in recipe.plan.stages), layout)
-    validates = recipe.validation.every is not None
+    check_validation(recipe, layout)
+    return pipeline_stages(recipe, world, recipe.plan, family, config, layout)
+
+
+def check_validation(recipe: Recipe, layout: Layout) -> None:
+    """Raises RecipeError where a validation calls the model itself, of which no rank has all."""
     asking = {
         "validation.prompts": bool(recipe.validation.prompts),
         "validation.hook": recipe.validation.hook is not None,
     }
-    for name, asked in asking.items():
-        if layout.tensor > 1 and validates and asked:
+    asked = [name for name, is_asked in asking.items() if is_asked and recipe.validation.every is not None]
+    for way, does in (("tensor", "divides"), ("pipeline", "shares out")):
+        if asked and (size := getattr(layout, way)) > 1:
             raise RecipeError(
-                f"{name}: needs a whole model on each rank, which parallel.tensor = {layout.tensor} divides; "
+                f"{asked[0]}: needs a whole model on each rank, which parallel.{way} = {size} {does}; "
                 "leave one of them out, or use parallel.shard"
             )
-    if validates and layout.pipeline > 1:
-        raise RecipeError(
-            f"validation: needs all blocks on each rank, which parallel.pipeline = {layout.pipeline} shares "
-            "out; leave one of them out, or use parallel.shard"
-        )
-    return pipeline_stages(recipe, world, recipe.plan, family, config, layout)
 
 
 def build_model(path: str, config: Any) -> nn.Module:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from flame.batch import RowSet
 from flame.data.catalog import Catalog
 from flame.data.plan import DataPlan
@@ -21,6 +19,7 @@ from flame.guest import Guest
 from flame.parallel.context import PartOfHeldOutRows
 from flame.parallel.world import World
 from flame.recipe import Recipe
+from flame.train.forward_only import ForwardOnly
 from flame.train.hook import Hook, load_hook
 from flame.train.journal import event
 from flame.train.loss import LossModule
@@ -93,8 +92,7 @@ def make_validation(
     wanted = recipe.validation
     if wanted.every is None:
         return None
-    model, context = guest.passes, guest.meshes.context if guest.meshes is not None else None
-    assert isinstance(model, LossModule), "a pipeline is not validated: flame.guest.check_fits"
+    passes, context = guest.passes, guest.meshes.context if guest.meshes is not None else None
     opened: list[tuple[Catalog, DataPlan]] = []
 
     def look() -> list[str]:
@@ -123,11 +121,11 @@ def make_validation(
         every=wanted.every,
         at_start=wanted.at_start,
         reader=reader,
-        model=model,
+        model=passes if isinstance(passes, LossModule) else ForwardOnly(passes),
         device=world.device,
         group=world.control,
         counts=guest.place.tensor == 0,
-        followers=followers_of(recipe, world, model, guest.model, catalog),
+        followers=followers_of(recipe, world, guest, catalog),
     )
 
 
@@ -154,13 +152,13 @@ def tell(recipe: Recipe, whole: ValidationSet, seconds: float, warnings: list[st
         )
 
 
-def followers_of(
-    recipe: Recipe, world: World, model: nn.Module, guest: nn.Module, catalog: Catalog
-) -> list[Follower]:
+def followers_of(recipe: Recipe, world: World, guest: Guest, catalog: Catalog) -> list[Follower]:
     """The samples and the hook that a recipe asks for."""
     wanted, followers = recipe.validation, list[Follower]()
     if not wanted.prompts and wanted.hook is None:
         return followers
+    model = guest.passes
+    assert isinstance(model, LossModule), "no rank of a pipeline has the whole model: flame.guest.check_fits"
     tokenizer = catalog.load_tokenizer()
     if wanted.prompts:
         followers.append(
@@ -179,7 +177,7 @@ def followers_of(
         hook = Hook(
             load_hook(wanted.hook),
             model=model,
-            guest=guest,
+            guest=guest.model,
             tokenizer=tokenizer,
             recipe=recipe,
             device=world.device,

@@ -117,12 +117,6 @@ def test_a_run_branches_off_one_process(parallel: dict[str, Any], recipe_of, tmp
             },
             ["data.sequence_length: found 66", "4 ranks of context x tensor", "take 64 or 68"],
         ),
-        (
-            "llama",
-            {"shard": 2, "pipeline": 2},
-            VALIDATION,
-            ["validation", "parallel.pipeline = 2", "parallel.shard"],
-        ),
         ("llama", {"tensor": 3, "pipeline": 2}, {}, ["parallel.tensor: 3", "sizes that do: 1, 2"]),
         ("llama", {"tensor": 2, "pipeline": 4}, {}, ["parallel.pipeline: 4", "2 blocks", "use at most 2"]),
     ],

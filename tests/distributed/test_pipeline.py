@@ -167,7 +167,7 @@ def poisoned(text: str) -> int:
     guest = build_guest(recipe, world, open_data(recipe, world).catalog, load_config(recipe.model.config))
     batches = [made_up_batch(1, 64, 40, 384, world.device, seed=n) for n in range(7)]
     held: list[int] = []
-    stage_module = cast("Any", guest.passes)._modules[0]
+    stage_module = cast("Any", guest.passes).modules[0]
     stage_module.register_forward_hook(lambda *_: held.append(buffers_held(guest.passes)))
 
     def step():

@@ -139,13 +139,6 @@ def test_ranks_that_share_rows_or_the_vocabulary_validate_and_penalise_as_one_do
             assert got["sources"].keys() == wanted["sources"].keys()
 
 
-def test_a_pipeline_is_not_validated(write_recipe, tmp_path: Path, own: str) -> None:
-    changed = validating(own + "[parallel]\npipeline = 2\n")
-    trainer = train_on(2, write_recipe("run", "llama", replaced=changed))
-    assert trainer.codes() == [1, 1]
-    assert "validation: needs all blocks on each rank, which parallel.pipeline = 2" in trainer.error()
-
-
 @pytest.mark.parametrize("more", ['prompts = "def f("', 'hook = "hook.py:evaluate"'])
 def test_what_needs_a_whole_model_is_refused_where_tensor_ranks_divide_it(
     write_recipe, tmp_path: Path, own: str, more: str

@@ -173,3 +173,27 @@ def test_numbers_of_micro_batches_that_a_schedule_cannot_take_are_refused() -> N
         check_micro_batches(Stages("interleaved", 4, 2), [8, 11])
     with pytest.raises(RecipeError, match="zbv on 4 ranks takes at least 7 micro-batches a step, but has 6"):
         check_micro_batches(Stages("zbv", 4, 2), [8, 6])
+
+
+@given(
+    st.sampled_from(list(SCHEDULES)),
+    st.integers(2, 8),
+    st.integers(1, 4),
+    st.integers(1, 40),
+)
+def test_without_a_way_back_no_rank_has_two_stages_at_work_at_once(
+    schedule: str, ranks: int, per_rank: int, batches: int
+) -> None:
+    order = ORDERS[schedule]
+    per_rank = min(max(per_rank, order.fewest), order.most or per_rank)
+    stages = Stages(schedule, ranks, per_rank)
+    assert [stages.rank_of(stage) for rank in range(ranks) for stage in stages.of(rank)] == [
+        rank for rank in range(ranks) for _ in range(per_rank)
+    ]
+    begins = [stages.begins(number) for number in range(batches)]
+    assert begins[0] == 0 and all(first < second for first, second in pairwise(begins))
+    at_work = [(begin + stage, stages.rank_of(stage)) for begin in begins for stage in range(stages.count)]
+    assert len(set(at_work)) == len(at_work)
+    # there is always one on its way until the last has come through, and in the long run nobody waits
+    assert all(second - first <= stages.count for first, second in pairwise(begins))
+    assert begins[-1] <= per_rank * batches + stages.count

@@ -66,6 +66,20 @@ class Stages:
             return [rank, self.count - 1 - rank]
         return list(range(rank, self.count, self.ranks))
 
+    def rank_of(self, stage: int) -> int:
+        """The rank of the pipeline that has a stage."""
+        if self.order.turns and stage >= self.ranks:
+            return self.count - 1 - stage
+        return stage % self.ranks
+
+    def begins(self, number: int) -> int:
+        """When a micro-batch of a pass without a way back enters the first stage, if each is in the next
+        stage a tick later: as early as it can be without any rank having two stages at work in one tick."""
+        if self.order.turns:
+            return self.per_rank * number  # a rank's two stages are an odd number of ticks apart
+        rounds, place = divmod(number, self.ranks)
+        return rounds * self.count + place
+
 
 # ------------------------------------------------------------------------------------- refusals
 

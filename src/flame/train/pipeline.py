@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from flame.batch import Batch
 from flame.models.family import Family
 from flame.parallel.pipeline import Part, Stages
-from flame.train.loss import LossModule
+from flame.train.loss import LossModule, Reading
 from flame.train.step import seed_generators
 
 
@@ -49,22 +49,33 @@ class StageModule(LossModule):
         """Before a step. Every schedule takes the micro-batches in their order through a stage's forward."""
         self._batches, self._seed, self._turn, self.losses = batches, seed, 0, []
 
-    def forward(self, *received: Tensor, turn: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *received: Tensor, turn: Tensor | None = None, held_out: Batch | None = None
+    ) -> Any:
         """The next micro-batch. What goes to the next stage, states [b, L, d] first; on the last one the
         sum of cross-entropy, a float32 scalar. `turn`, which is not read, is there because FSDP2 on GPUs
-        cannot call a module without arguments, as the first stage would be."""
+        cannot call a module without arguments, as the first stage would be.
+
+        `held_out`: this one instead, outside of a step; of it the last stage has each token's cross-entropy.
+        """
+        if held_out is not None:
+            return self._pass(received, held_out, self.token_losses)
         batch = self._batches[self._turn]
         self._turn += 1
         seed_generators(*self._seed, batch.first_row)
         for tensor in received:
             tensor.register_hook(torch.Tensor.contiguous)  # its gradient is sent
+        made = self._pass(received, batch)
+        if self.part.last:
+            self.losses.append(made.detach().clone())
+        return made
+
+    def _pass(self, received: Sequence[Tensor], batch: Batch, read: Reading | None = None) -> Any:
         self.part.enter(received)
-        if not self.part.last:
-            self.states(batch)
-            return self.part.leave(self._compute, batch.tokens.shape[0])
-        loss = super().forward(batch)
-        self.losses.append(loss.detach().clone())
-        return loss
+        if self.part.last:
+            return super().forward(batch, read)
+        self.states(batch)
+        return self.part.leave(self._compute, batch.tokens.shape[0])
 
 
 class Stage(PipelineStage):
@@ -144,11 +155,11 @@ class Pipeline:
         compute: torch.dtype,
     ) -> None:
         """`group`: the ranks of this pipeline."""
-        self._modules = modules
-        self._stages = stages
-        self._group = group
-        self._device = device
-        self._compute = compute
+        self.modules = modules
+        self.stages = stages
+        self.group = group
+        self.device = device
+        self.compute = compute
         self._divisor = 1
         self._made: tuple[tuple[int, ...], Any] | None = None  # the schedule of the last shapes
 
@@ -156,24 +167,24 @@ class Pipeline:
         """Forward and backward of a step's micro-batches, which all have one shape; gradients are reduced
         over the ranks of each stage after the last. The loss's sum, float64: zero but on the last stage."""
         self._divisor = max(1, predicted)
-        for place, module in enumerate(self._modules):
+        for place, module in enumerate(self.modules):
             module.begin(batches, (*seed, place) if place else seed)
         count = len(batches)
         schedule = self._schedule(count, tuple(batches[0].tokens.shape))
         schedule.step(turn=torch.arange(count), target=torch.zeros(count), return_outputs=False)
-        losses = [loss for module in self._modules for loss in module.losses]
+        losses = [loss for module in self.modules for loss in module.losses]
         if not losses:
-            return torch.zeros((), dtype=torch.float64, device=self._device)
+            return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(losses).double().sum()
 
     def take_penalty(self) -> Tensor | None:
         """As `LossModule.take_penalty`; zero on stages that have no loss."""
-        taken = [penalty for module in self._modules if (penalty := module.take_penalty()) is not None]
+        taken = [penalty for module in self.modules if (penalty := module.take_penalty()) is not None]
         if taken:
             return torch.stack(taken).sum()
-        if not self._modules[0].z_loss:
+        if not self.modules[0].z_loss:
             return None
-        return torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _loss(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss / self._divisor
@@ -181,9 +192,9 @@ class Pipeline:
     def _schedule(self, count: int, shape: tuple[int, ...]) -> Any:
         """Made anew when a step has other shapes, which torch's schedules are made for."""
         if self._made is None or self._made[0] != (count, *shape):
-            stages = [self._stage(module, *shape) for module in self._modules]
-            name = self._stages.order.torch_name
-            if name == "1F1B" and count < self._stages.count:
+            stages = [self._stage(module, *shape) for module in self.modules]
+            name = self.stages.order.torch_name
+            if name == "1F1B" and count < self.stages.count:
                 name = "GPipe"  # the same order, which torch's 1F1B refuses to be
             kind: Any = get_schedule_class(name)
             several = name not in ("GPipe", "1F1B")
@@ -195,7 +206,7 @@ class Pipeline:
         """With its shapes given, so that torch infers none by a trial run."""
         part = module.part
         travelling = tuple(
-            torch.empty(shape, dtype=self._compute, device="meta", requires_grad=True)
+            torch.empty(shape, dtype=self.compute, device="meta", requires_grad=True)
             for shape in part.shapes(rows, length)
         )
         loss = torch.empty((), device="meta", requires_grad=True)
@@ -203,8 +214,8 @@ class Pipeline:
             module,
             part.stage,
             part.stages,
-            self._device,
+            self.device,
             input_args=() if part.first else travelling,
             output_args=cast("Any", loss) if part.last else travelling,
-            group=self._group,
+            group=self.group,
         )

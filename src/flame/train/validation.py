@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flame.batch import RowSet
+from flame.batch import HeldOutBatch, RowSet
 from flame.errors import DataError
 from flame.parallel.fsdp import reshard
 from flame.schema import Duration
+from flame.train.forward_only import ForwardOnly
 from flame.train.journal import Journal
 from flame.train.loss import LossModule
 
@@ -50,7 +51,7 @@ class Validation:
         every: Duration,
         at_start: bool,
         reader: Reader,
-        model: LossModule,
+        model: LossModule | ForwardOnly,
         device: torch.device,
         group: dist.ProcessGroup,
         counts: bool = True,
@@ -111,7 +112,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Generator[None]:
 
 
 def loss_sums(
-    model: LossModule,
+    model: LossModule | ForwardOnly,
     rows: RowSet,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
@@ -119,20 +120,18 @@ def loss_sums(
     counts: bool = True,
 ) -> np.ndarray:
     """Each source's sum of cross-entropy over the set: float64 [sources], equal on all ranks of `group`, of
-    which those that do not count hold rows of others.
+    which those that do not count hold rows of others, and those without the last stage have no losses.
 
     Each row has sums of its own, which are added in the order of the rows, whichever rank has them: where a
     row's forward pass does not depend on the layout, nor does the result, to the last bit.
     """
     parts: list[tuple[list[int], torch.Tensor]] = []
-    for part in rows.batches():
-        batch = part.batch.to(device)
-        losses: torch.Tensor = model(batch, model.token_losses)
+    for part, losses in _token_losses(model, rows.batches(), device):
         whole = torch.zeros(part.sources.size, dtype=torch.float64, device=device)
         whole[part.first : part.first + losses.numel()] = losses
         sources = torch.from_numpy(part.sources).to(device)
-        losses = whole.view_as(sources)
-        of_each = [torch.where(sources == i, losses, 0.0).sum(1) for i in range(len(rows.sources))]
+        of_rows = whole.view_as(sources)
+        of_each = [torch.where(sources == i, of_rows, 0.0).sum(1) for i in range(len(rows.sources))]
         parts.append((part.rows, torch.stack(of_each, 1)))
     table = torch.zeros(rows.total_rows, len(rows.sources), dtype=torch.float64)
     for numbers, sums in parts if counts else ():
@@ -141,6 +140,17 @@ def loss_sums(
     if group is not None:
         dist.all_reduce(table, group=group)
     return table.numpy().sum(axis=0)
+
+
+def _token_losses(
+    model: LossModule | ForwardOnly, parts: Iterator[HeldOutBatch], device: torch.device
+) -> Iterator[tuple[HeldOutBatch, torch.Tensor]]:
+    """Micro-batches with the cross-entropy of each of their labels, float32 [n]."""
+    if isinstance(model, ForwardOnly):
+        yield from model.token_losses(parts)
+        return
+    for part in parts:
+        yield part, model(part.batch.to(device), model.token_losses)
 
 
 def figures_of(rows: RowSet, sums: np.ndarray) -> dict[str, Any]:
