@@ -68,12 +68,12 @@ class Recipe:
         return self.run.steps
 
 
-def read_recipe(path: Path, flags: dict[str, str] | None = None) -> Recipe:
+def read_recipe(path: str | Path, flags: dict[str, str] | None = None) -> Recipe:
     """The recipe at `path` with `flags` ({"section.field": text}) over it. Raises RecipeError.
 
     Local paths are made absolute, so that the run can be resumed from any directory.
     """
-    raw = schema.apply_flags(schema.read_toml(path), flags or {})
+    raw = schema.apply_flags(schema.read_toml(Path(path)), flags or {})
     recipe = schema.build(Recipe, raw, str(path))
     check(recipe, str(path))
     make_absolute(recipe)
