@@ -157,11 +157,17 @@ def test_ranks_that_torchrun_started_train_one_run(write_recipe, tmp_path: Path)
     assert "6" in (tmp_path / "run" / "logs" / "rank-1.log").read_text().splitlines()
 
 
-def test_the_blocks_of_the_page_run(write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["python.md", "extend.md"])
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    page: str, write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_recipe("recipe", steps=20, replaced={f'"{tmp_path / "recipe"}"': '"runs/first"'})
     (tmp_path / "data").symlink_to(Path(flame.read_recipe("recipe.toml").tokenizer.path).parent)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     names: dict[str, object] = {}
-    for block in blocks(ROOT / "docs" / "python.md", "python"):
-        exec(compile(block, "docs/python.md", "exec"), names)
-    assert (tmp_path / "model" / "config.json").exists()
+    shown = blocks(ROOT / "docs" / page, "python")
+    assert len(shown) > 2
+    for block in shown:
+        exec(compile(block, page, "exec"), names)
+    assert (tmp_path / "model" / "config.json").exists() or page != "python.md"
