@@ -163,7 +163,7 @@ def exported_tokenizer(folder: Path) -> Any:
     if (folder / OWN_FILE).is_file() or not (folder / "tokenizer.json").is_file():
         return own_tokenizer(folder)
     make: Any = AutoTokenizer.from_pretrained
-    return make(str(folder), local_files_only=True)
+    return make(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def own_tokenizer(folder: Path) -> Tokenizer:

@@ -30,7 +30,7 @@ def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed:
     if (path / OWN_FILE).is_file():
         return own_continuation(path, model, prompt, tokens, temperature, seed)
     make: Any = AutoTokenizer.from_pretrained
-    tokenizer = make(str(path))
+    tokenizer = make(str(path), trust_remote_code=False)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if encoded.input_ids.shape[1] == 0:
         raise ModelError("the prompt has no tokens: give a text of at least one character")
