@@ -1,9 +1,10 @@
 # make demo: train, interrupt, resume and export a small model on this machine's own text
 # make test: lint, types and tests.   make test-all: the slow tests too
+# make docs: README and docs/ as a site in build/site
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo test test-all docs lint format clean
 
 install: .venv/installed
 
@@ -28,6 +29,10 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -10,19 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flame.data.catalog import fingerprint, fingerprint_difference, open_catalog
-from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
-from flame.data.loader import Loader
-from flame.data.plan import DataPlan
-from flame.data.state import DataState
+import flame
 
 files, tokenizer, steps, saved = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
 
 # the data: which rows come in which order is a function of these lines alone
-config = DataConfig(sources=[SourceConfig("text", [files])], sequence_length=128)
-plan = DataPlan.of(config, tokens_per_step=1024, seed=42)
-catalog = open_catalog(config, TokenizerConfig(tokenizer), plan, Path())
-seal = fingerprint(catalog, plan)
+config = flame.DataConfig(sources=[flame.SourceConfig("text", [files])], sequence_length=128)
+plan = flame.DataPlan.of(config, tokens_per_step=1024, seed=42)
+catalog = flame.open_catalog(config, flame.TokenizerConfig(tokenizer), plan, Path())
+seal = flame.fingerprint(catalog, plan)
 
 # a model of your own: one layer of causal attention
 torch.manual_seed(0)
@@ -33,13 +29,13 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 data = None
 if saved.exists():
-    state = torch.load(saved)
-    data = DataState.from_json(state["data"])
-    assert fingerprint_difference(data.fingerprint, seal) is None, "other data than the run began with"
+    state = torch.load(saved, weights_only=True)
+    data = flame.DataState.from_json(state["data"])
+    assert flame.fingerprint_difference(data.fingerprint, seal) is None, "other data than the run began with"
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
 
-with Loader(catalog, plan, rank=0, world=1, micro_batch_rows=8, state=data) as loader:
+with flame.Loader(catalog, plan, rank=0, world=1, micro_batch_rows=8, state=data) as loader:
     for _ in range(steps):
         step = loader.next_step()
         (batch,) = step.micro_batches
@@ -54,5 +50,5 @@ with Loader(catalog, plan, rank=0, world=1, micro_batch_rows=8, state=data) as l
         optimizer.step()
         print(f"step {step.step}: {step.counts.predicted} tokens predicted, loss {loss.item():.6f}")
 
-    data = DataState(step.step + 1, step.state, loader.columns, seal)
+    data = flame.DataState(step.step + 1, step.state, loader.columns, seal)
 torch.save({"data": data.to_json(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)

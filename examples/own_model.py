@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flame.models.attention import varlen_attention
+from flame import varlen_attention
 
 
 class Block(nn.Module):

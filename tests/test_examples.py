@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from small_recipes import MODELS
 
 from flame import cli
 
@@ -57,3 +59,46 @@ def test_a_model_of_ones_own_trains_resumes_and_is_held_to_its_code(write_recipe
     assert (tmp_path / "model" / "model.py").exists()
     module.write_text(module.read_text() + "\n# changed\n")
     assert cli.run(["resume", str(tmp_path / "run"), "--run.steps", "9"]) == 1
+
+
+def other_trainer(
+    name: str, places: list[str], text_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> list[list[str]]:
+    """What it prints for 8 steps in one go, and for 4 steps and then up to the eighth."""
+    config = folder / "gla.json"
+    config.write_text(json.dumps(MODELS["gla"]))
+    arguments = [str(text_folder / "*.jsonl"), str(text_folder / "tokenizer"), str(config)]
+    calls = [("8", places[0]), ("4", places[1]), ("8", places[1])]
+    return [run(name, [*arguments, *call], monkeypatch, capsys) for call in calls]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_the_data_plane_in_transformers_trainer_goes_on_where_it_stopped(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    places = [str(tmp_path / "whole"), str(tmp_path / "parts")]
+    other_trainer("huggingface_trainer.py", places, text_folder, tmp_path, monkeypatch, capsys)
+    lines: list[list[float]] = []
+    for place in places:
+        said = json.loads(Path(place, "checkpoint-8", "trainer_state.json").read_text())["log_history"]
+        lines.append([line["loss"] for line in said if "loss" in line])
+    assert len(lines[0]) == 8
+    assert lines[0][-1] < lines[0][0]
+    assert lines[0] == lines[1]
+    ends = [json.loads(Path(place, "checkpoint-8", "data.json").read_text()) for place in places]
+    assert ends[0] == ends[1]
+    assert ends[0]["next_step"] == 8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.filterwarnings("default")  # lightning's own
+def test_the_data_plane_in_lightning_goes_on_where_it_stopped(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    places = [str(tmp_path / "whole.ckpt"), str(tmp_path / "parts.ckpt")]
+    said = other_trainer("lightning_module.py", places, text_folder, tmp_path, monkeypatch, capsys)
+    whole, first, second = ([line for line in lines if line.startswith("step ")] for lines in said)
+    assert [line.split(":")[0] for line in whole] == [f"step {n}" for n in range(8)]
+    assert float(whole[-1].split()[-1]) < float(whole[0].split()[-1])
+    assert first + second == whole

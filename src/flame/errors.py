@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from typing import Any, cast
+
+URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
+CREDENTIALS = re.compile(r"(?<=://)[^/?\s]*@")  # of a URL: user:password@
+QUERY = re.compile(r"\?.*")  # of a URL: signatures and tokens
 
 
 class Exit(IntEnum):
@@ -20,10 +26,14 @@ class Exit(IntEnum):
 class FlameError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do.
 
-    Commands print the message alone and exit with `exit_code`.
+    Commands print the message alone and exit with `exit_code`. Of URLs in it, credentials and queries are
+    masked, wherever it is written to.
     """
 
     exit_code = Exit.WRONG_INPUT
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class RecipeError(FlameError):
@@ -52,3 +62,14 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """`did you mean X? ` where one of `allowed` resembles `word`, else the empty string."""
     found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"did you mean {found[0]}? " if found else ""
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy without what URLs in it may hold: user, password, and the query with its signatures."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner) for key, inner in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(inner) for inner in cast("list[Any]", value)]
+    if isinstance(value, str) and "://" in value:
+        return URL.sub(lambda url: QUERY.sub("?***", CREDENTIALS.sub("***@", url[0])), value)
+    return value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flame import schema
 from flame.data.config import BYTES, DataConfig, TokenizerConfig, ValidationConfig
@@ -29,6 +30,7 @@ from flame.train.config import (
 from flame.train.groups import check_optimizer
 from flame.train.schedule import Schedule
 
+PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/@]*:[^/]*@")
 FILE = "recipe.toml"  # the resolved recipe in a run directory
 
 
@@ -68,12 +70,12 @@ class Recipe:
         return self.run.steps
 
 
-def read_recipe(path: Path, flags: dict[str, str] | None = None) -> Recipe:
+def read_recipe(path: str | Path, flags: dict[str, str] | None = None) -> Recipe:
     """The recipe at `path` with `flags` ({"section.field": text}) over it. Raises RecipeError.
 
     Local paths are made absolute, so that the run can be resumed from any directory.
     """
-    raw = schema.apply_flags(schema.read_toml(path), flags or {})
+    raw = schema.apply_flags(schema.read_toml(Path(path)), flags or {})
     recipe = schema.build(Recipe, raw, str(path))
     check(recipe, str(path))
     make_absolute(recipe)
@@ -104,6 +106,7 @@ def check(recipe: Recipe, origin: str) -> None:
     ]:
         if value is not None and value < 1:
             raise RecipeError(f"{origin}: {name}: found {value}, expected at least 1")
+    check_secrets(schema.plain(recipe), origin)
     check_beginning(recipe, origin)
     if not recipe.data.sources:
         raise RecipeError(f"{origin}: data.sources: a run needs at least one [[data.sources]] table")
@@ -118,6 +121,21 @@ def check(recipe: Recipe, origin: str) -> None:
         )
     Schedule.of(recipe.schedule, recipe.optimizer, recipe.total_steps, plan.steps_of)
     check_validation(recipe, origin)
+
+
+def check_secrets(value: Any, origin: str, place: str = "") -> None:
+    """Refuses passwords in URLs: a recipe is written to its run, shown and copied."""
+    if isinstance(value, dict):
+        for name, inner in cast("dict[str, Any]", value).items():
+            check_secrets(inner, origin, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in cast("list[Any]", value):
+            check_secrets(inner, origin, place)
+    elif isinstance(value, str) and PASSWORD.match(value):
+        raise RecipeError(
+            f"{origin}: {place}: a URL with a password in it, which would be written to the run's files; "
+            "leave it out: s3, gs, hf and others take credentials from the environment or their own files"
+        )
 
 
 def check_validation(recipe: Recipe, origin: str) -> None:

@@ -59,15 +59,17 @@ def work(stop: Callable[[], bool], recipe_text: str) -> int:
     share_cores()
     world = join_world()
     held: list[RunLock] = []
-    world.from_rank_zero(lambda: take_directory(recipe, held))
-    quiet_other_ranks(recipe, world)
-    with kernels_of(world, recipe.directory) as tuner:
-        while (code := run_rank(recipe, world, stop, tuner)) is None:
-            gc.collect()  # the next model needs the memory of this one
-    dist.destroy_process_group()
-    for lock in held:
-        lock.release()
-    return code
+    try:
+        world.from_rank_zero(lambda: take_directory(recipe, held))
+        quiet_other_ranks(recipe, world)
+        with kernels_of(world, recipe.directory) as tuner:
+            while (code := run_rank(recipe, world, stop, tuner)) is None:
+                gc.collect()  # the next model needs the memory of this one
+        dist.destroy_process_group()
+        return code
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def share_cores() -> None:

@@ -20,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.commands import train as train_command
-from flame.errors import RecipeError
+from flame.errors import RecipeError, without_secrets
 from flame.recipe import read_recipe
 from flame.train import config, trackers
 from flame.train.config import LoggingConfig
 from flame.train.journal import Journal, append_line, event, read_lines
 from flame.train.keeping import saved_steps, step_directory
 from flame.train.lifeline import StopFlag
-from flame.train.trackers import Trackers, without_secrets
+from flame.train.trackers import Trackers
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the form that wandb's have
 SITE = os.environ.get("FLAME_MLFLOW")  # a folder of packages with MLflow, where this environment has none

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flame.commands.export import export_run
 from flame.commands.generate import continuation
 from flame.commands.report import report
 from flame.data.tokens import train_tokenizer
 from flame.errors import Exit, FlameError
+from flame.exports import export_run
 from flame.train.journal import read_lines
 
 STEPS = 100

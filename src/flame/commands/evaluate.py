@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from flame.commands.export import choose_step, exported, is_run
 from flame.data.catalog import Catalog, open_catalog
 from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.plan import DataPlan
 from flame.data.validation import open_validation, own_validation_data
 from flame.data.validation_set import read_validation_set
 from flame.errors import Exit, RecipeError
+from flame.exports import choose_step, exported, is_run
 from flame.kernels import AUTO_TOKENS, compute_dtype
 from flame.models.build import build_on_meta, initialize
 from flame.models.export import load_exported

@@ -9,10 +9,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from flame.commands.export import exported
-from flame.data.config import BYTES
-from flame.data.tokens import load_tokenizer
 from flame.errors import Exit, ModelError
+from flame.exports import exported, own_tokenizer
 from flame.models.export import load_exported
 from flame.models.families.own import OWN_FILE, continued
 
@@ -32,7 +30,7 @@ def continuation(path: Path, prompt: str, tokens: int, temperature: float, seed:
     if (path / OWN_FILE).is_file():
         return own_continuation(path, model, prompt, tokens, temperature, seed)
     make: Any = AutoTokenizer.from_pretrained
-    tokenizer = make(str(path))
+    tokenizer = make(str(path), trust_remote_code=False)
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if encoded.input_ids.shape[1] == 0:
         raise ModelError("the prompt has no tokens: give a text of at least one character")
@@ -54,9 +52,7 @@ def own_continuation(
     path: Path, model: torch.nn.Module, prompt: str, tokens: int, temperature: float, seed: int
 ) -> str:
     """The same for a model of one's own, which has no cache, by the tokenizer that it was trained with."""
-    found = sorted(path.glob("*.tiktoken"))
-    file = path if (path / "tokenizer.json").is_file() else found[0] if found else BYTES
-    tokenizer = load_tokenizer(file, bos=False)
+    tokenizer = own_tokenizer(path)
     ids = torch.from_numpy(tokenizer.encode([prompt])[0][:-1]).long()  # without EOS
     if len(ids) == 0:
         raise ModelError("the prompt has no tokens: give a text of at least one character")

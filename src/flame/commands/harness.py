@@ -34,7 +34,7 @@ def run_tasks(
         raise ModelError(f"{folder}: a model of your own: the harness takes transformers' models only")
     make: Any = AutoTokenizer.from_pretrained
     try:
-        tokenizer = make(str(folder))
+        tokenizer = make(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: it has no tokenizer that transformers loads: {error}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -115,7 +115,7 @@ def remembered_frames(file: RawFile, cache: BlockCache, key: str) -> Frames | No
 
     with os.fdopen(cache.open(f"frames/{key}", make), "rb") as entry:
         content = entry.read()
-    return Frames(*np.load(io.BytesIO(content))) if content else None
+    return Frames(*np.load(io.BytesIO(content), allow_pickle=False)) if content else None
 
 
 def _frame_end(file: RawFile, at: int, head: bytes) -> tuple[int | None, int]:

@@ -117,7 +117,7 @@ def load_exported(path: Path) -> nn.Module:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         with quiet():
-            model: nn.Module = load(str(path), dtype="auto", local_files_only=True)
+            model: nn.Module = load(str(path), dtype="auto", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be loaded: {error}") from None
     return model.eval()

@@ -73,7 +73,7 @@ def _infinite(value: dict[str, Any]) -> Any:
 
 def _hub_config(name: str) -> PretrainedConfig:
     try:
-        return cast("PretrainedConfig", AutoConfig.from_pretrained(name))
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ModelError(
             f'model config "{name}": no such file, and the hub gave none: {str(error).splitlines()[0]}'

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import orjson
 
-from flame.errors import DataError
+from flame.errors import DataError, without_secrets
 from flame.recipe import FILE, Recipe, run_recipe
 from flame.train.journal import SAMPLES, read_lines
 
@@ -115,7 +115,7 @@ def read_history(run: Path) -> History:
     return History(
         run=run,
         recipe=recipe,
-        recipe_text=(run / FILE).read_text(encoding="utf-8"),
+        recipe_text=without_secrets((run / FILE).read_text(encoding="utf-8")),
         environment=_object(run / "environment.json"),
         steps=sorted(steps, key=lambda record: record.step),
         superseded=[StepRecord.of(line) for line in read_lines(run / "logs" / "superseded.jsonl")],

@@ -1,0 +1,1 @@
+"""Training. Called, as `flame.train(recipe)`, it trains in this process: `flame.api.train`."""

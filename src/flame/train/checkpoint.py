@@ -32,6 +32,7 @@ from flame.train.exporter import Exporter
 from flame.train.journal import event, replace_file, sync_directory
 from flame.train.keeping import MANIFEST, prune, saved_steps, step_directory
 from flame.train.mirror import Mirror
+from flame.train.safe_reader import Reader
 from flame.train.shards import Shards
 
 FORMAT = 1  # of the files above; older ones are brought up by named migrations
@@ -66,7 +67,7 @@ def load_tensors(
 ) -> None:
     """Fills model and optimizer in place from a checkpoint written under any layout; what belongs to a
     parameter in `exclude` stays as it is."""
-    reader = dcp.FileSystemReader(path)
+    reader = Reader(path)
     saved = reader.read_metadata().state_dict_metadata
     chosen = [p for p in shards.pieces if with_optimizer and p.name not in exclude]
     for piece in chosen:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import (
     _load_state_dict,  # pyright: ignore[reportPrivateUsage]  # dcp.load warns in every call that it reads alone
 )
 
 from flame.errors import CheckpointError
+from flame.train.safe_reader import Reader
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):
@@ -25,7 +25,7 @@ class SavedTensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path, prefix: str = "model.", *, averaged: bool = False) -> None:
         """`averaged`: of parameters that have a running average, that average. Raises CheckpointError where
         there is none."""
-        self._reader = _Reader(path)
+        self._reader = Reader(path)
         found = self._reader.read_metadata().state_dict_metadata
         tensors = {key: meta for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
         keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
@@ -46,7 +46,11 @@ class SavedTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         meta = self._saved[name]
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
-        _load_state_dict({self._keys[name]: tensor}, self._reader, no_dist=True)
+        try:
+            _load_state_dict({self._keys[name]: tensor}, self._reader, no_dist=True)
+        except CheckpointException as error:  # no Exception, but a BaseException
+            why = "; ".join(f"{wrapped[0]}".partition("\n")[0] for wrapped in error.failures.values())
+            raise CheckpointError(f"{self._reader.path}: {name} cannot be read: {why}") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -54,14 +58,3 @@ class SavedTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._saved)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads what is in the files once."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._metadata = super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata

@@ -19,15 +19,13 @@ from typing import Any, Protocol, cast
 
 import orjson
 
-from flame.errors import RecipeError
+from flame.errors import RecipeError, without_secrets
 from flame.train.config import LoggingConfig
 from flame.train.journal import event, flat, read_lines, replace_file
 
 FILE = "trackers.json"
 PROJECT = "flame"  # where neither the recipe nor the environment names one
 CLOSING_SECONDS = 60.0  # for what is still on its way, at the run's end
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")  # of a URL: user:password@
-QUERY = re.compile(r"(?<=[^\s:])\?[^\s]*")  # of a URL: signatures and tokens
 PARAMETER_LENGTH = 6000  # MLflow's limit
 PARAMETERS = 100  # in one of its requests
 
@@ -203,15 +201,3 @@ def described(error: Exception) -> str:
     """An error in a line, without the secrets that a URL in it may hold."""
     lines = str(error).strip().splitlines()
     return str(without_secrets(f"{type(error).__name__}: {lines[0] if lines else ''}"))
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy without what URLs in it may hold: user, password, and the query with its signatures."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(inner) for key, inner in cast("Mapping[str, Any]", value).items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(inner) for inner in cast("list[Any]", value)]
-    if isinstance(value, str) and "://" in value:
-        cut = CREDENTIALS.sub("***@", value)
-        return QUERY.sub("?***", cut)
-    return value
