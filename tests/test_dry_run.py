@@ -95,3 +95,17 @@ def test_what_does_not_fit_is_said_with_what_would_help(
     assert "fits: " in capsys.readouterr().out
     assert cli.run(["train", rows, "--dry-run", "--nproc", "6", "--parallel.tensor", "4"]) == 1
     assert "tensor 4 does not divide the 6 ranks" in capsys.readouterr().err
+
+
+def test_gradients_reduced_with_every_micro_batch_take_less_memory_and_more_traffic(tmp_path: Path) -> None:
+    path = big(tmp_path)  # 64 ranks have 16 micro-batches
+    once = plan_layout(read_recipe(path), 64)
+    each = plan_layout(read_recipe(path, {"parallel.reduce": "micro_batch"}), 64)
+    assert once.micro_batches == each.micro_batches == 16
+    size = once.model_parameters
+    # the whole float32 gradient, but for that of what is reduced at once
+    saved = once.most.gathered - each.most.gathered
+    assert 0.9 * 4 * size < saved < 4 * size
+    assert each.most.gradients == once.most.gradients == pytest.approx(4 * size / 64, rel=0.01)
+    sent = each.traffic.shard - once.traffic.shard
+    assert sent == pytest.approx(15 * 4 * size * 63 / 64, rel=1e-6)

@@ -85,7 +85,8 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     pipeline = meshes.pipeline.get_group() if meshes is not None and meshes.pipeline is not None else None
     if stages is not None and pipeline is not None:
         passes = Pipeline(cast("Sequence[StageModule]", modules), stages, pipeline, world.device, compute)
-    shards = Shards(model, pipeline) if meshes is not None else WholeModel(model, compute)
+    each = recipe.parallel.reduce == "micro_batch"
+    shards = Shards(model, pipeline, reduce_each=each) if meshes is not None else WholeModel(model, compute)
     optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=world.device.type == "cuda")
     return Guest(
         config, family, model, passes, size, shards, optimizer, compute, layout, place, meshes, stages

@@ -114,7 +114,7 @@ def plan_layout(recipe: Recipe, ranks: int) -> LayoutPlan:
             part = part_of(recipe, family, config, whole, layout, stages, rank)
         tokens = rows * plan.stages[0].sequence_length // layout.context
         memories.append(memory_of(recipe, groups, part, rank, batches, tokens))
-        traffics.append(traffic_of(part, batches, tokens))
+        traffics.append(traffic_of(recipe, part, batches, tokens))
     size = sum(parameter.numel() for parameter in whole.parameters())
     most = max(traffics, key=lambda traffic: sum(asdict(traffic).values()))
     return LayoutPlan(layout, size, rows, batches, recipe.batch.tokens_per_step, memories, most)
@@ -210,7 +210,8 @@ def memory_of(
         gathered = 2 * part.compute_bytes * count
     else:
         gathered = part.compute_bytes * (part.root + 2 * part.largest_unit)
-        gathered += GRADIENT_SUMS * (part.unsharded if batches > 1 else part.largest_unit)
+        waiting = batches > 1 and recipe.parallel.reduce == "step"  # for the last micro-batch
+        gathered += GRADIENT_SUMS * (part.unsharded if waiting else max(part.largest_unit, part.root))
     return RankMemory(
         rank=rank,
         pipeline_stage=part.stage,
@@ -251,7 +252,7 @@ def micro_batches_in_flight(part: Part, batches: int) -> int:
     return min(batches, part.layout.pipeline)
 
 
-def traffic_of(part: Part, batches: int, tokens: int) -> Traffic:
+def traffic_of(recipe: Recipe, part: Part, batches: int, tokens: int) -> Traffic:
     """What a rank sends in a step. `tokens`: of a micro-batch on it."""
     layout, states = part.layout, part.width * part.compute_bytes * tokens
     sharded = layout.shard * layout.context
@@ -259,7 +260,8 @@ def traffic_of(part: Part, batches: int, tokens: int) -> Traffic:
     def others(size: int) -> float:  # the share of a whole that is on other ranks
         return (size - 1) / size
 
-    gathered = 2 * batches * part.compute_bytes * part.unsharded + GRADIENT_SUMS * part.unsharded
+    reductions = batches if recipe.parallel.reduce == "micro_batch" else 1
+    gathered = (2 * batches * part.compute_bytes + reductions * GRADIENT_SUMS) * part.unsharded
     summed = 2 * GRADIENT_SUMS * sum(part.local.values())
     boundaries = 0 if part.stages is None else 2 * part.stages.per_rank
     return Traffic(

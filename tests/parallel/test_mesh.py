@@ -47,6 +47,12 @@ def test_other_layouts_are_refused_with_sizes_that_work(
         assert word in str(caught.value)
 
 
+def test_a_pipeline_reduces_gradients_once_a_step() -> None:
+    with pytest.raises(RecipeError, match=r'parallel.reduce: "micro_batch".*parallel.pipeline = 2'):
+        resolve_layout(ParallelConfig(pipeline=2, reduce="micro_batch"), 2)
+    assert resolve_layout(ParallelConfig(pipeline=2), 2) == Layout(pipeline=2)
+
+
 def test_every_rank_has_a_place_of_its_own_and_each_data_rank_one_that_speaks() -> None:
     layout = Layout(replicate=2, shard=3, context=2, tensor=2, pipeline=2)
     places = [layout.place(rank) for rank in range(layout.ranks)]

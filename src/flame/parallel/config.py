@@ -29,6 +29,13 @@ class ParallelConfig:
     tensor: int = setting(
         1, help="ranks that share each block's matrices: tensor and sequence parallel", identity=False
     )
+    reduce: str = setting(
+        "step",
+        help="when gradients are reduced over ranks: once a step, until which each holds its model's whole "
+        "gradient in float32; or after every micro-batch, for less memory and more traffic",
+        identity=False,
+        choices=("step", "micro_batch"),
+    )
     pipeline: int = setting(
         1, help="ranks that share the blocks, some after the others: pipeline parallel", identity=False
     )
