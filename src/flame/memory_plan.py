@@ -181,7 +181,7 @@ def part_of(
         present = present_blocks(family, module.guest)
         apply_parallelism(
             module, present, meshes, compute=compute, compile_blocks=False, memory=recipe.memory
-        )
+        )  # what stays gathered, and when gradients are reduced, is counted in `memory_of` and `traffic_of`
     return Part(
         layout=layout,
         stages=stages,
@@ -209,7 +209,10 @@ def memory_of(
     if part.layout.ranks == 1:  # copies in the compute dtype, and a micro-batch's gradients in it
         gathered = 2 * part.compute_bytes * count
     else:
-        gathered = part.compute_bytes * (part.root + 2 * part.largest_unit)
+        by_block = part.root + 2 * part.largest_unit  # the one at work, and the one after it
+        gathered = part.compute_bytes * (
+            by_block if recipe.parallel.freed_after == "forward" else part.unsharded
+        )
         waiting = batches > 1 and recipe.parallel.reduce == "step"  # for the last micro-batch
         gathered += GRADIENT_SUMS * (part.unsharded if waiting else max(part.largest_unit, part.root))
     return RankMemory(
@@ -261,7 +264,12 @@ def traffic_of(recipe: Recipe, part: Part, batches: int, tokens: int) -> Traffic
         return (size - 1) / size
 
     reductions = batches if recipe.parallel.reduce == "micro_batch" else 1
-    gathered = (2 * batches * part.compute_bytes + reductions * GRADIENT_SUMS) * part.unsharded
+    gathers = {  # a block freed after its forward pass is gathered for its backward pass again
+        "forward": batches * (2 * part.unsharded - part.root),
+        "micro_batch": batches * part.unsharded,
+        "step": part.unsharded,
+    }[recipe.parallel.freed_after]
+    gathered = part.compute_bytes * gathers + GRADIENT_SUMS * reductions * part.unsharded
     summed = 2 * GRADIENT_SUMS * sum(part.local.values())
     boundaries = 0 if part.stages is None else 2 * part.stages.per_rank
     return Traffic(

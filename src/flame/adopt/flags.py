@@ -201,8 +201,8 @@ PARALLEL = (
         "training.fsdp_reshard_after_forward",
         str,
         "default",
-        "",
-        "none: no choice here",
+        "parallel.reshard",
+        "always is forward, never is micro_batch",
         ("default", "always", "never"),
     ),
     Flag(

@@ -36,6 +36,14 @@ class ParallelConfig:
         identity=False,
         choices=("step", "micro_batch"),
     )
+    reshard: str = setting(
+        "auto",
+        help="after what a block's gathered parameters are freed: forward, its forward pass (ZeRO-3); "
+        "micro_batch, its backward pass (ZeRO-2); step, its last backward pass of a step: most memory, least "
+        "traffic; auto: forward, and step with a pipeline",
+        identity=False,
+        choices=("auto", "forward", "micro_batch", "step"),
+    )
     pipeline: int = setting(
         1, help="ranks that share the blocks, some after the others: pipeline parallel", identity=False
     )
@@ -56,6 +64,13 @@ class ParallelConfig:
         "and FLOPs",
         identity=False,
     )
+
+    @property
+    def freed_after(self) -> str:
+        """`reshard`, decided."""
+        if self.reshard != "auto":
+            return self.reshard
+        return "forward" if self.pipeline == 1 else "step"
 
 
 @dataclass
