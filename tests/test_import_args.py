@@ -309,6 +309,11 @@ def test_flags_alone_reach_the_command_in_their_order(capsys: pytest.CaptureFixt
     assert cli.run(["import-args"]) == 1
 
 
+def test_deterministic_kernels_are_kept() -> None:
+    assert recipe_of(["--training.deterministic"])[0].run.deterministic
+    assert not recipe_of([])[0].run.deterministic
+
+
 @pytest.mark.parametrize(
     ("there", "here"), [("always", "forward"), ("never", "micro_batch"), ("default", "auto")]
 )

@@ -222,7 +222,7 @@ PARALLEL = (
         "not written: left out, blocks are compiled on GPUs where that is known to help the family",
     ),
     Flag("training.gc_freq", int, 50, "", OWN_CODE),
-    Flag("training.deterministic", bool, False, "", "none: a resume on the same layout is exact without it"),
+    Flag("training.deterministic", bool, False, "run.deterministic", "same"),
     Flag("experimental.enable_async_tensor_parallel", bool, False, "", OWN_CODE),
     Flag("experimental.pipeline_parallel_degree", int, 1, "parallel.pipeline", PIPELINE),
     Flag("experimental.pipeline_parallel_split_points", list, [], "", PIPELINE),

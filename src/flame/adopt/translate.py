@@ -70,6 +70,8 @@ def run_and_model(draft: Draft) -> None:
     draft.put("run.directory", value("job.dump_folder"), "job.dump_folder")
     draft.put("run.steps", value("training.steps"), "training.steps")
     draft.put("run.seed", value("training.seed"), "training.seed")
+    if value("training.deterministic"):
+        draft.put("run.deterministic", True, "training.deterministic")
     draft.put("model.config", value("model.config"), "model.config")
     draft.value("job.config_file")
     draft.note(
