@@ -95,3 +95,42 @@ def test_what_does_not_fit_is_said_with_what_would_help(
     assert "fits: " in capsys.readouterr().out
     assert cli.run(["train", rows, "--dry-run", "--nproc", "6", "--parallel.tensor", "4"]) == 1
     assert "tensor 4 does not divide the 6 ranks" in capsys.readouterr().err
+
+
+def test_gradients_reduced_with_every_micro_batch_take_less_memory_and_more_traffic(tmp_path: Path) -> None:
+    path = big(tmp_path)  # 64 ranks have 16 micro-batches
+    once = plan_layout(read_recipe(path), 64)
+    each = plan_layout(read_recipe(path, {"parallel.reduce": "micro_batch"}), 64)
+    assert once.micro_batches == each.micro_batches == 16
+    size = once.model_parameters
+    # the whole float32 gradient, but for that of what is reduced at once
+    saved = once.most.gathered - each.most.gathered
+    assert 0.9 * 4 * size < saved < 4 * size
+    assert each.most.gradients == once.most.gradients == pytest.approx(4 * size / 64, rel=0.01)
+    sent = each.traffic.shard - once.traffic.shard
+    assert sent == pytest.approx(15 * 4 * size * 63 / 64, rel=1e-6)
+
+
+def test_parameters_that_stay_gathered_take_more_memory_and_less_traffic(tmp_path: Path) -> None:
+    path = big(tmp_path)
+    plans = {
+        reshard: plan_layout(read_recipe(path, {"parallel.reshard": reshard}), 64)
+        for reshard in ("auto", "forward", "micro_batch", "step")
+    }
+    assert plans["auto"] == plans["forward"]
+    size = plans["auto"].model_parameters
+    kept = plans["micro_batch"].most.gathered - plans["forward"].most.gathered
+    assert 0.9 * 2 * size < kept < 2 * size
+    assert plans["step"].most == plans["micro_batch"].most
+    sent = {reshard: plan.traffic.shard / (size * 63 / 64) for reshard, plan in plans.items()}
+    assert sent["step"] == pytest.approx(2 + 4, rel=1e-6)
+    assert sent["micro_batch"] == pytest.approx(16 * 2 + 4, rel=1e-6)
+    assert 0.95 * (32 * 2 + 4) < sent["forward"] < 32 * 2 + 4
+
+
+def test_a_stage_of_a_pipeline_holds_its_blocks_gathered_for_a_step(tmp_path: Path) -> None:
+    plan = plan_layout(read_recipe(big(tmp_path), {"parallel.pipeline": "2"}), 64)
+    of_stage = plan.ranks[1].parameters * 32
+    assert plan.ranks[1].gathered == pytest.approx((2 + 4) * of_stage, rel=1e-3)
+    most = max(rank.parameters for rank in plan.ranks) * 32
+    assert plan.traffic.shard == pytest.approx((2 + 4) * most * 31 / 32, rel=1e-3)

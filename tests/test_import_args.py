@@ -309,6 +309,19 @@ def test_flags_alone_reach_the_command_in_their_order(capsys: pytest.CaptureFixt
     assert cli.run(["import-args"]) == 1
 
 
+def test_deterministic_kernels_are_kept() -> None:
+    assert recipe_of(["--training.deterministic"])[0].run.deterministic
+    assert not recipe_of([])[0].run.deterministic
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [("always", "forward"), ("never", "micro_batch"), ("default", "auto")]
+)
+def test_when_gathered_parameters_are_freed_is_kept(there: str, here: str) -> None:
+    recipe, _ = recipe_of(["--training.fsdp_reshard_after_forward", there])
+    assert recipe.parallel.reshard == here
+
+
 def test_every_flag_says_what_it_is_here_and_the_page_has_them_all() -> None:
     assert len(FLAGS) == 103
     assert all(flag.note for flag in FLAGS.values())

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from flame.data.catalog import Catalog
 from flame.errors import FlameError, ModelError, RecipeError
@@ -77,6 +78,7 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
             compute=compute,
             compile_blocks=compiles(recipe, family, stages, world.device),
             memory=recipe.memory,
+            keep_gathered=recipe.parallel.freed_after != "forward",
         )
         initialize(module.guest, config, recipe.run.seed, world.device)
         settle(module)
@@ -85,10 +87,20 @@ def build_guest(recipe: Recipe, world: World, catalog: Catalog, config: Any) -> 
     pipeline = meshes.pipeline.get_group() if meshes is not None and meshes.pipeline is not None else None
     if stages is not None and pipeline is not None:
         passes = Pipeline(cast("Sequence[StageModule]", modules), stages, pipeline, world.device, compute)
-    shards = Shards(model, pipeline) if meshes is not None else WholeModel(model, compute)
+    shards = WholeModel(model, compute) if meshes is None else shards_of(recipe, model, pipeline)
     optimizer = build_optimizer(shards, recipe.optimizer, groups, fused=world.device.type == "cuda")
     return Guest(
         config, family, model, passes, size, shards, optimizer, compute, layout, place, meshes, stages
+    )
+
+
+def shards_of(recipe: Recipe, model: nn.Module, pipeline: ProcessGroup | None) -> Shards:
+    """The parameters of a model that lies on several ranks."""
+    return Shards(
+        model,
+        pipeline,
+        reduce_each=recipe.parallel.reduce == "micro_batch",
+        gather_once=recipe.parallel.freed_after == "step",
     )
 
 

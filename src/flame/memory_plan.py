@@ -114,7 +114,7 @@ def plan_layout(recipe: Recipe, ranks: int) -> LayoutPlan:
             part = part_of(recipe, family, config, whole, layout, stages, rank)
         tokens = rows * plan.stages[0].sequence_length // layout.context
         memories.append(memory_of(recipe, groups, part, rank, batches, tokens))
-        traffics.append(traffic_of(part, batches, tokens))
+        traffics.append(traffic_of(recipe, part, batches, tokens))
     size = sum(parameter.numel() for parameter in whole.parameters())
     most = max(traffics, key=lambda traffic: sum(asdict(traffic).values()))
     return LayoutPlan(layout, size, rows, batches, recipe.batch.tokens_per_step, memories, most)
@@ -181,7 +181,7 @@ def part_of(
         present = present_blocks(family, module.guest)
         apply_parallelism(
             module, present, meshes, compute=compute, compile_blocks=False, memory=recipe.memory
-        )
+        )  # what stays gathered, and when gradients are reduced, is counted in `memory_of` and `traffic_of`
     return Part(
         layout=layout,
         stages=stages,
@@ -209,8 +209,12 @@ def memory_of(
     if part.layout.ranks == 1:  # copies in the compute dtype, and a micro-batch's gradients in it
         gathered = 2 * part.compute_bytes * count
     else:
-        gathered = part.compute_bytes * (part.root + 2 * part.largest_unit)
-        gathered += GRADIENT_SUMS * (part.unsharded if batches > 1 else part.largest_unit)
+        by_block = part.root + 2 * part.largest_unit  # the one at work, and the one after it
+        gathered = part.compute_bytes * (
+            by_block if recipe.parallel.freed_after == "forward" else part.unsharded
+        )
+        waiting = batches > 1 and recipe.parallel.reduce == "step"  # for the last micro-batch
+        gathered += GRADIENT_SUMS * (part.unsharded if waiting else max(part.largest_unit, part.root))
     return RankMemory(
         rank=rank,
         pipeline_stage=part.stage,
@@ -251,7 +255,7 @@ def micro_batches_in_flight(part: Part, batches: int) -> int:
     return min(batches, part.layout.pipeline)
 
 
-def traffic_of(part: Part, batches: int, tokens: int) -> Traffic:
+def traffic_of(recipe: Recipe, part: Part, batches: int, tokens: int) -> Traffic:
     """What a rank sends in a step. `tokens`: of a micro-batch on it."""
     layout, states = part.layout, part.width * part.compute_bytes * tokens
     sharded = layout.shard * layout.context
@@ -259,7 +263,13 @@ def traffic_of(part: Part, batches: int, tokens: int) -> Traffic:
     def others(size: int) -> float:  # the share of a whole that is on other ranks
         return (size - 1) / size
 
-    gathered = 2 * batches * part.compute_bytes * part.unsharded + GRADIENT_SUMS * part.unsharded
+    reductions = batches if recipe.parallel.reduce == "micro_batch" else 1
+    gathers = {  # a block freed after its forward pass is gathered for its backward pass again
+        "forward": batches * (2 * part.unsharded - part.root),
+        "micro_batch": batches * part.unsharded,
+        "step": part.unsharded,
+    }[recipe.parallel.freed_after]
+    gathered = part.compute_bytes * gathers + GRADIENT_SUMS * reductions * part.unsharded
     summed = 2 * GRADIENT_SUMS * sum(part.local.values())
     boundaries = 0 if part.stages is None else 2 * part.stages.per_rank
     return Traffic(

@@ -22,6 +22,7 @@ from flame.data.catalog import check_skipped
 from flame.data.loader import Loader
 from flame.data.plan import DataPlan
 from flame.data.state import DataState
+from flame.determinism import be_deterministic, naming_kernels
 from flame.environment import device_name, environment
 from flame.errors import Exit
 from flame.exports import export_finished, exporter_of
@@ -57,12 +58,14 @@ def work(stop: Callable[[], bool], recipe_text: str) -> int:
     """Trains the recipe as this rank; the exit code. Raises FlameError for what the user can mend."""
     recipe = schema.build(Recipe, tomllib.loads(recipe_text), FILE)
     share_cores()
+    if recipe.run.deterministic:
+        be_deterministic()
     world = join_world()
     held: list[RunLock] = []
     try:
         world.from_rank_zero(lambda: take_directory(recipe, held))
         quiet_other_ranks(recipe, world)
-        with kernels_of(world, recipe.directory) as tuner:
+        with naming_kernels(), kernels_of(world, recipe.directory) as tuner:
             while (code := run_rank(recipe, world, stop, tuner)) is None:
                 gc.collect()  # the next model needs the memory of this one
         dist.destroy_process_group()

@@ -47,6 +47,18 @@ def test_other_layouts_are_refused_with_sizes_that_work(
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("reduce", "micro_batch"), ("reshard", "forward"), ("reshard", "micro_batch")]
+)
+def test_a_pipeline_gathers_and_reduces_once_a_step(name: str, value: str) -> None:
+    config = ParallelConfig(pipeline=2, **{name: value})
+    with pytest.raises(RecipeError, match=f'parallel.{name}: "{value}".*pipeline = 2.*once a step'):
+        resolve_layout(config, 2)
+    assert resolve_layout(ParallelConfig(pipeline=2, reshard="step"), 2) == Layout(pipeline=2)
+    assert ParallelConfig(pipeline=2).freed_after == "step"
+    assert ParallelConfig().freed_after == "forward"
+
+
 def test_every_rank_has_a_place_of_its_own_and_each_data_rank_one_that_speaks() -> None:
     layout = Layout(replicate=2, shard=3, context=2, tensor=2, pipeline=2)
     places = [layout.place(rank) for rank in range(layout.ranks)]

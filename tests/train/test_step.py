@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.ranks import Ranks
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from flame.batch import IGNORED, Batch
 from flame.parallel.config import ParallelConfig
@@ -81,7 +83,21 @@ def plain_step(batches: list[Batch], clip_norm: float) -> tuple[float, list[torc
     return norm, [p.detach() for p in model.parameters()]
 
 
-def sharded_step(replicate: int, clip_norm: float) -> int:
+class Watched(Shards):
+    """Counts, after each micro-batch, the gradients of whole parameters that wait to be reduced."""
+
+    def __init__(self, module: LossModule, reduce_each: bool) -> None:
+        super().__init__(module.guest, reduce_each=reduce_each)
+        self.whole_gradients: list[int] = []
+        units: list[Any] = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+        groups: list[Any] = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
+        self._kept = [parameter for group in groups for parameter in group.fsdp_params]
+
+    def collect(self) -> None:
+        self.whole_gradients.append(sum(p.unsharded_accumulated_grad is not None for p in self._kept))
+
+
+def sharded_step(replicate: int, clip_norm: float, reduce_each: bool) -> int:
     """Every rank takes two micro-batches; the result must be that of one process."""
     world = join_world()
     batches = [[rows(4 * r + i, 2) for i in range(2)] for r in range(world.size)]
@@ -91,7 +107,7 @@ def sharded_step(replicate: int, clip_norm: float) -> int:
     module = LossModule(model, hidden, model.head)
     layout = resolve_layout(ParallelConfig(replicate, -1), world.size)
     shard(module, [model.block], build_meshes(layout, "cpu").data, torch.float32)
-    shards = Shards(model)
+    shards = Watched(module, reduce_each)
     optimizer = adamw_of(shards)
     result = train_step(
         module,
@@ -105,13 +121,16 @@ def sharded_step(replicate: int, clip_norm: float) -> int:
     torch.testing.assert_close(result.grad_norm.item(), norm, rtol=1e-5, atol=0)
     for parameter, other in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.full_tensor(), other, rtol=1e-4, atol=1e-6)
+    assert shards.whole_gradients == [0 if reduce_each else len(shards.pieces), 0]
     dist.destroy_process_group()
     return 0
 
 
-def test_sharded_and_accumulated_steps_equal_one_process() -> None:
+@pytest.mark.parametrize("reduce_each", [False, True])
+def test_sharded_and_accumulated_steps_equal_one_process(reduce_each: bool) -> None:
     for size, replicate in [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2)]:
-        assert Ranks(size, sharded_step, replicate, 0.05).codes() == [0] * size, (size, replicate)
+        works = Ranks(size, sharded_step, replicate, 0.05, reduce_each)
+        assert works.codes() == [0] * size, (size, replicate)
 
 
 def test_an_update_that_is_not_finite_is_left_out() -> None:

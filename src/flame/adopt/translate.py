@@ -16,6 +16,7 @@ from flame.errors import RecipeError
 from flame.recipe import Recipe, check
 
 GPUS = 8  # what its train.sh takes
+RESHARD = {"always": "forward", "never": "micro_batch"}  # parallel.reshard
 READERS = ("json", "parquet", "text", "arrow", "csv")  # names of formats in place of a data set
 
 
@@ -69,6 +70,8 @@ def run_and_model(draft: Draft) -> None:
     draft.put("run.directory", value("job.dump_folder"), "job.dump_folder")
     draft.put("run.steps", value("training.steps"), "training.steps")
     draft.put("run.seed", value("training.seed"), "training.seed")
+    if value("training.deterministic"):
+        draft.put("run.deterministic", True, "training.deterministic")
     draft.put("model.config", value("model.config"), "model.config")
     draft.value("job.config_file")
     draft.note(
@@ -236,6 +239,9 @@ def layout(draft: Draft) -> None:
         degree = value(there)
         if degree != FLAGS[there].default:
             draft.put(here, degree, there)
+    reshard = RESHARD.get(value("training.fsdp_reshard_after_forward"))
+    if reshard is not None and value("experimental.pipeline_parallel_degree") == 1:
+        draft.put("parallel.reshard", reshard, "training.fsdp_reshard_after_forward")
     draft.put("precision.compute", value("training.mixed_precision_param"), "training.mixed_precision_param")
     if value("training.compile"):
         draft.note(f"training.compile: {FLAGS['training.compile'].note}")

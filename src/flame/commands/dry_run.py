@@ -19,7 +19,7 @@ def dry_run(recipe: Recipe, ranks: int, gpu_memory_gib: float, *, as_json: bool)
     if as_json:
         print(json.dumps({**plan.record(), "gpu_memory_gib": gpu_memory_gib, "fits": fits}, indent=2))
     else:
-        print("\n".join([*lines(plan), verdict(plan, gpu_memory_gib, fits=fits)]))
+        print("\n".join([*lines(plan), verdict(recipe, plan, gpu_memory_gib, fits=fits)]))
     return Exit.DONE if fits else Exit.WRONG_INPUT
 
 
@@ -44,7 +44,7 @@ def lines(plan: LayoutPlan) -> list[str]:
     ]
 
 
-def verdict(plan: LayoutPlan, gpu_memory_gib: float, *, fits: bool) -> str:
+def verdict(recipe: Recipe, plan: LayoutPlan, gpu_memory_gib: float, *, fits: bool) -> str:
     """Whether it fits, and what would help."""
     most = plan.most
     said = f"{gib(most.total)} GiB on rank {most.rank}, {gib(RESERVED)} of them set aside"
@@ -53,7 +53,10 @@ def verdict(plan: LayoutPlan, gpu_memory_gib: float, *, fits: bool) -> str:
         return f"fits: {said}"
     kept = most.masters + most.gradients + most.optimizer + most.gathered
     if kept > most.activations:
-        return f"does not fit: {said}; share the model over more ranks: parallel.shard, tensor or pipeline"
+        ways = "share the model over more ranks: parallel.shard, tensor or pipeline"
+        if recipe.parallel.reduce == "step" and plan.micro_batches > 1 and plan.layout.ranks > 1:
+            ways += '; or, without a pipeline, parallel.reduce = "micro_batch"'
+        return f"does not fit: {said}; {ways}"
     return (
         f"does not fit: {said}; lower batch.micro_batch_rows, set memory.recompute, or share rows "
         "(parallel.context)"

@@ -35,10 +35,12 @@ def apply_parallelism(
     compute: torch.dtype,
     compile_blocks: bool,
     memory: MemoryConfig,
+    keep_gathered: bool = False,
 ) -> None:
     """The rest, on a whole model or a stage of it, divided already (`parallel.tensor`, `parallel.pipeline`).
 
     Changes `root` in place; parameter names stay as they are. `meshes`: None where there is one rank.
+    `keep_gathered`: as `parallel.fsdp.shard` has it.
     """
     blocks = list(blocks)
     if memory.recompute != "none":
@@ -48,8 +50,7 @@ def apply_parallelism(
         for block in blocks:
             compile_block(block)
     if meshes is not None:
-        # a stage meets its blocks again with the next micro-batch: they are gathered once a step
-        shard(root, blocks, meshes.data, compute, keep_gathered=meshes.pipeline is not None)
+        shard(root, blocks, meshes.data, compute, keep_gathered=keep_gathered)
 
 
 def compile_block(block: nn.Module) -> None:

@@ -29,6 +29,21 @@ class ParallelConfig:
     tensor: int = setting(
         1, help="ranks that share each block's matrices: tensor and sequence parallel", identity=False
     )
+    reduce: str = setting(
+        "step",
+        help="when gradients are reduced over ranks: once a step, until which each holds its model's whole "
+        "gradient in float32; or after every micro-batch, for less memory and more traffic",
+        identity=False,
+        choices=("step", "micro_batch"),
+    )
+    reshard: str = setting(
+        "auto",
+        help="after what a block's gathered parameters are freed: forward, its forward pass (ZeRO-3); "
+        "micro_batch, its backward pass (ZeRO-2); step, its last backward pass of a step: most memory, least "
+        "traffic; auto: forward, and step with a pipeline",
+        identity=False,
+        choices=("auto", "forward", "micro_batch", "step"),
+    )
     pipeline: int = setting(
         1, help="ranks that share the blocks, some after the others: pipeline parallel", identity=False
     )
@@ -49,6 +64,13 @@ class ParallelConfig:
         "and FLOPs",
         identity=False,
     )
+
+    @property
+    def freed_after(self) -> str:
+        """`reshard`, decided."""
+        if self.reshard != "auto":
+            return self.reshard
+        return "forward" if self.pipeline == 1 else "step"
 
 
 @dataclass

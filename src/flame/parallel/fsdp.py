@@ -47,6 +47,19 @@ def shard(
     return root
 
 
+def before_micro_batch(root: FSDPModule, *, last: bool, reduce_each: bool, gather_once: bool) -> None:
+    """Says what becomes of gradients and gathered parameters in the micro-batch to come, the step's last one
+    or not.
+
+    `reduce_each`: gradients are reduced at once and added to this rank's shards. Copies of the model are
+    summed with the last one all the same: the sums of a shard are as small before as after.
+    `gather_once`: parameters stay gathered until the last one's backward pass.
+    """
+    root.set_requires_gradient_sync(last or reduce_each)
+    root.set_requires_all_reduce(last)
+    root.set_reshard_after_backward(last or not gather_once)
+
+
 def reshard(root: nn.Module) -> None:
     """Frees what forward passes without a backward pass left gathered: FSDP2 keeps the root's parameters."""
     for module in root.modules():

@@ -84,7 +84,20 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
             f"parallel: {named} x shard {shard} is {others * shard} ranks, but there are "
             f"{world_size}; shard = {left} (or -1) fits, or start with --nproc {others * shard}"
         )
+    _check_pipeline(config)
     return Layout(shard=left, **sizes)
+
+
+def _check_pipeline(config: ParallelConfig) -> None:
+    """Raises RecipeError for what a pipeline, whose blocks stay gathered for a step, leaves no choice of."""
+    if config.pipeline == 1:
+        return
+    for name, value in {"reduce": config.reduce, "reshard": config.freed_after}.items():
+        if value != "step":
+            raise RecipeError(
+                f'parallel.{name}: "{value}", but the stages of parallel.pipeline = {config.pipeline} gather '
+                "parameters and reduce gradients once a step; leave it out, or use parallel.shard"
+            )
 
 
 def _divisors(number: int) -> str:

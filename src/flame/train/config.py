@@ -47,6 +47,12 @@ def check_trackers(names: list[str]) -> None:
 class RunConfig:
     directory: str = setting(help="everything the run writes lies here", identity=False)
     seed: int = setting(42, help="of the initialisation, the order of the data and dropout", identity=True)
+    deterministic: bool = setting(
+        False,
+        help="only kernels that give the same bits each time, which are slower; a kernel of torch's that has "
+        "no such form ends the run with an error that names it",
+        identity=False,
+    )
     steps: int | None = setting(
         None,
         help="length of the run in optimizer steps; the run ends earlier where its data do; 0: only a "

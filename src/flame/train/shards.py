@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flame.parallel.fsdp import before_micro_batch
+
 TENSOR = "tp"  # torchtitan's name of the mesh dimension
 
 
@@ -54,9 +56,19 @@ class Piece:
 class Shards:
     """All parameters of a model that FSDP2 shards; its memory stays where it is (`parallel.fsdp.settle`)."""
 
-    def __init__(self, model: nn.Module, pipeline: dist.ProcessGroup | None = None) -> None:
-        """`pipeline`: the ranks that hold the model's other blocks."""
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: dist.ProcessGroup | None = None,
+        *,
+        reduce_each: bool = False,
+        gather_once: bool = False,
+    ) -> None:
+        """`pipeline`: the ranks that hold the model's other blocks. `reduce_each`: gradients are reduced
+        after every micro-batch; `gather_once`: parameters are gathered once a step."""
         self._pipeline = pipeline
+        self._reduce_each = reduce_each
+        self._gather_once = gather_once
         self.pieces = [
             Piece(name, parameter, nn.Parameter(_plain(parameter), requires_grad=parameter.requires_grad))
             for name, parameter in model.named_parameters()
@@ -71,8 +83,13 @@ class Shards:
             self._alike.setdefault(_sharding_groups(piece.parameter), []).append(piece)
 
     def begin(self, root: nn.Module, *, last: bool) -> None:
-        """Before a micro-batch: gradients are reduced over the ranks with the last one alone."""
-        cast("FSDPModule", root).set_requires_gradient_sync(last)
+        """Before a micro-batch: gradients are reduced over the ranks with the last one, or with each."""
+        before_micro_batch(
+            cast("FSDPModule", root),
+            last=last,
+            reduce_each=self._reduce_each,
+            gather_once=self._gather_once,
+        )
 
     def collect(self) -> None:
         """After a micro-batch's backward pass. FSDP2 adds gradients up by itself."""

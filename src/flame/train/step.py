@@ -56,7 +56,7 @@ def train_step(
     """
     batches = list(micro_batches)
 
-    # forward and backward: gradients add up, the last micro-batch reduces them over the ranks
+    # forward and backward: gradients add up, and are reduced over the ranks (`Shards.begin`)
     if isinstance(model, nn.Module):
         loss_sum = one_by_one(model, shards, batches, predicted, seed)
     else:
