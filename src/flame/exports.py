@@ -91,7 +91,8 @@ def export_finished(recipe: Recipe, step: int) -> None:
 
 def chat_template(recipe: Recipe) -> Path | None:
     """The template that all conversations were rendered with, where it is not the tokenizer's own."""
-    used = {source.chat_template for source in recipe.data.sources if source.chat is not None}
+    chats = [source for source in recipe.data.sources if source.chat is not None or source.prompt is not None]
+    used = {source.chat_template for source in chats}
     only = next(iter(used)) if len(used) == 1 else None
     return Path(only) if only is not None else None
 

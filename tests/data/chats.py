@@ -71,7 +71,9 @@ def write_tokenizer(plain: Path, directory: Path, template: str | None, eos: str
 
 def open_chat(directory: Path, bos: bool = False, **settings: Any) -> tuple[Chat, Tokenizer]:
     tokenizer = load_tokenizer(directory, bos)
-    config = SourceConfig("c", ["x"], chat="messages", **settings)
+    if "prompt" not in settings:
+        settings["chat"] = "messages"
+    config = SourceConfig("c", ["x"], **settings)
     chat = shape_of(config, directory, directory, tokenizer)
     assert isinstance(chat, Chat)
     return chat, tokenizer

@@ -3,12 +3,15 @@ on the assistant's words."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data.chats import (
     CHATML,
@@ -27,8 +30,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from flame.batch import IGNORED
+from flame.data.catalog import open_catalog
 from flame.data.chat import Chat
+from flame.data.config import DataConfig, SourceConfig, TokenizerConfig
 from flame.data.formats import Bad
+from flame.data.loader import Loader
+from flame.data.plan import DataPlan
+from flame.data.shapes import shape_of
 from flame.data.tokens import Tokenizer, load_tokenizer
 from flame.errors import RecipeError
 
@@ -252,6 +261,83 @@ def test_sharegpt_conversations_are_those_of_openai(opener: Opener) -> None:
     other = chat.text({"messages": [{"role": who, "content": what} for who, what in ours]})
     assert one == other
     assert not isinstance(one, Bad)
+
+
+INSTRUCTIONS = {"prompt": "{instruction}\n\n{input}", "completion": "{output}"}
+
+
+def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(opener: Opener) -> None:
+    pairs, tokenizer = opener("chatml", **INSTRUCTIONS)
+    chat, _ = opener("chatml")
+    for more, asked in (("2 and 2 <|im_end|>", "Add.\n\n2 and 2 <|im_end|>"), ("", "Add.")):
+        made = pairs.text({"instruction": "Add.", "input": more, "output": " 4\n", "tools": None})
+        assert not isinstance(made, Bad), made.reason
+        assert made == chat.text({"messages": said(asked, "4")})
+    (signed,) = tokenizer.encode([made])
+    trained = [int(i) for i in signed if i >= 0]
+    assert tokenizer.decode(trained).startswith("4")
+    assert set(pairs.columns) == {"instruction", "input", "output"}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"instruction": "a", "input": ""}, 'completion: no field "output"'),
+        ({"instruction": "a", "input": None, "output": "b"}, 'prompt: field "input" is null'),
+        ({"instruction": " ", "input": "\n", "output": "b"}, "prompt: empty text"),
+        ({"instruction": "a", "input": "", "output": " \n"}, "completion: empty text"),
+        ({"instruction": "a", "input": "", "output": 4}, 'completion: field "output" is no string'),
+    ],
+)
+def test_records_without_prompt_or_completion_say_why(
+    opener: Opener, record: dict[str, Any], reason: str
+) -> None:
+    found = opener("chatml", **INSTRUCTIONS)[0].text(record)
+    assert isinstance(found, Bad)
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"prompt": "{a}"}, "prompt and completion need each other"),
+        ({"completion": "{a}"}, "prompt and completion need each other"),
+        ({"prompt": "{a}", "completion": "{b}", "chat": "messages"}, "chat and prompt exclude each other"),
+        ({"prompt": "a", "completion": "{b}"}, "prompt: names no field"),
+        ({"prompt": "{a}", "completion": "{b:>3}"}, "completion: found a field written"),
+        ({"train_on": "last"}, 'set chat = "messages", or prompt and completion'),
+    ],
+)
+def test_settings_of_prompts_that_do_not_fit_are_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(reason)):
+        shape_of(SourceConfig("c", ["x"], **settings), Path())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_instructions_in_files_are_rows_with_a_loss_on_the_answers(
+    folder: Path, tmp_path: Path, form: str
+) -> None:
+    records = [
+        {"id": i, "instruction": f"Say {i}.", "input": "twice" * (i % 2), "output": f"({i}={i})"}
+        for i in range(40)
+    ]
+    if form == "jsonl":
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
+    write_tokenizer(folder / "tok", tmp_path / "tok", TEMPLATES["chatml"], "<|eos|>")
+    source = SourceConfig("c", [str(tmp_path / f"x.{form}")], **INSTRUCTIONS)
+    config = DataConfig([source], 64, lanes=1)
+    plan = DataPlan.of(config, 256, 0)
+    catalog = open_catalog(config, TokenizerConfig(str(tmp_path / "tok")), plan, tmp_path)
+    tokenizer = catalog.load_tokenizer()
+    with Loader(catalog, plan, 0, 1, 4) as loader:
+        batch = loader.next_step().micro_batches[0]
+    labels = batch.labels[batch.labels != IGNORED].tolist()
+    words = re.findall(r"\((\d+)=(\d+)\)", tokenizer.decode(labels))
+    assert len(words) >= 4
+    assert all(first == second for first, second in words)
+    assert "Say" not in tokenizer.decode(labels)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from flame.data.chat_tokens import Rendered, Special
+from flame.data.conversations import Conversations
 from flame.data.formats import Bad
 from flame.data.jinja import BEGIN, END, MARKS, TAINT, compiled, marks_generation
 from flame.data.messages import (
-    MESSAGES,
     Cannot,
     Message,
-    holds_messages,
-    messages_of,
     strings_in,
     tools_of,
 )
@@ -55,7 +53,7 @@ class SpecialToken(NamedTuple):
 class Chat:
     """How a source's conversations become text. Picklable."""
 
-    field: str  # that holds the messages
+    conversations: Conversations  # in records
     templates: dict[str, str]  # by name: "default", and "tool_use" where there is one for tools
     variables: dict[str, str]  # the special tokens by name, as the template knows them
     specials: tuple[SpecialToken, ...]
@@ -65,7 +63,7 @@ class Chat:
     @property
     def columns(self) -> tuple[str, ...]:
         """The fields of a record that are read."""
-        return (self.field,)
+        return self.conversations.columns
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -75,19 +73,22 @@ class Chat:
     @property
     def paths(self) -> list[tuple[str, ...]]:
         """The values that are taken out of a record, by path."""
-        return [(self.field,)]
+        return self.conversations.paths
 
-    taken: ClassVar[str] = MESSAGES
+    @property
+    def taken(self) -> str:
+        """What such a value is, for people."""
+        return self.conversations.taken
 
     def takes(self, kind: Any) -> bool:
-        """Whether a table's value of this Arrow type may be a conversation."""
-        return holds_messages(kind)
+        """Whether a table's value of this Arrow type may be such a value."""
+        return self.conversations.takes(kind)
 
     def identity(self) -> dict[str, Any]:
         """What the fingerprint holds of it."""
         content = json.dumps([self.templates, self.variables, self.specials], sort_keys=True).encode()
         return {
-            "chat": self.field,
+            **self.conversations.identity(),
             "chat_template": hashlib.blake2b(content, digest_size=16).hexdigest(),
             "chat_date": None if self.today is None else self.today.isoformat(),
             "train_on": self.train_on,
@@ -96,11 +97,12 @@ class Chat:
     def text(self, record: dict[str, Any]) -> Rendered | Bad:
         """A record's conversation, or why it cannot be trained: a fact of the record alone."""
         try:
-            return self._render(messages_of(record, self.field), tools_of(record))
+            return self.rendered(self.conversations.messages(record), tools_of(record))
         except Cannot as error:
             return Bad(str(error))
 
-    def _render(self, messages: list[Message], tools: list[Any] | None) -> Rendered:
+    def rendered(self, messages: list[Message], tools: list[Any] | None) -> Rendered:
+        """A conversation as text, with what is trained of it. Raises Cannot."""
         found = next((m for s in strings_in([messages, tools]) if (m := ANY_MARK.search(s))), None)
         if found:
             raise Cannot(f"a message holds U+{ord(found[0]):04X}, which is no character")

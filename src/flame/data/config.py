@@ -111,6 +111,15 @@ class SourceConfig:
         "content} or {from, value}; the tokenizer's chat template renders it",
         identity=True,
     )
+    prompt: str | None = setting(
+        None,
+        help="instead of chat: the user's turn, made of fields as by a template, such as "
+        '"{instruction}"; the tokenizer\'s chat template renders it with the completion',
+        identity=True,
+    )
+    completion: str | None = setting(
+        None, help='with prompt: the turn that is trained, such as "{output}"', identity=True
+    )
     chat_template: str | None = setting(
         None,
         help="a file of Jinja in place of the tokenizer's own chat template",

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import orjson
 import pyarrow
 
 from flame.data.cache import LOCAL, Access
+from flame.data.conversations import Conversations
 from flame.data.files import as_files
 from flame.data.formats import Bad, Format, Record
 from flame.data.lines import JsonLines, parse_json
-from flame.data.messages import MESSAGES, Cannot, contents_of, holds_messages, messages_of
+from flame.data.messages import Cannot, contents_of
 from flame.data.raw import SourceFile
 from flame.data.saved import ArrowTable, arrow_schema
 from flame.data.tables import Parquet, holds_text, parquet_schema
@@ -45,7 +46,10 @@ class Shape(Protocol):
         """The values that it takes out of them, by path."""
         ...
 
-    taken: ClassVar[str]  # what such a value is, for people
+    @property
+    def taken(self) -> str:
+        """What such a value is, for people."""
+        ...
 
     def takes(self, kind: Any) -> bool:
         """Whether a table's value of this Arrow type can be such a value."""
@@ -65,11 +69,11 @@ class Contents:
     """All that the messages of a conversation say. In the place of a chat template where there is no
     tokenizer yet."""
 
-    field: str
+    conversations: Conversations
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.field,)
+        return self.conversations.columns
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -77,19 +81,21 @@ class Contents:
 
     @property
     def paths(self) -> list[tuple[str, ...]]:
-        return [(self.field,)]
+        return self.conversations.paths
 
-    taken: ClassVar[str] = MESSAGES
+    @property
+    def taken(self) -> str:
+        return self.conversations.taken
 
     def takes(self, kind: Any) -> bool:
-        return holds_messages(kind)
+        return self.conversations.takes(kind)
 
     def identity(self) -> dict[str, Any]:
         return {}
 
     def text(self, record: dict[str, Any]) -> str | Bad:
         try:
-            return contents_of(messages_of(record, self.field)) or Bad("empty text")
+            return contents_of(self.conversations.messages(record)) or Bad("empty text")
         except Cannot as error:
             return Bad(str(error))
 

@@ -11,8 +11,9 @@ import jinja2
 
 from flame.data.chat import Chat, SpecialToken
 from flame.data.config import SourceConfig
-from flame.data.formats import Bad
+from flame.data.conversations import Conversations, MessagesField, PromptAndCompletion
 from flame.data.jinja import CLOCK, compiled, reads_clock
+from flame.data.messages import Cannot
 from flame.data.records import Contents, Shape
 from flame.data.template import Template
 from flame.data.tokens import Tokenizer
@@ -33,26 +34,54 @@ def shape_of(
     """What makes the texts of a source; None where a field or a file is the text. Without a tokenizer, a
     conversation is what its messages say. Raises RecipeError."""
     where = f'data.sources: source "{config.name}"'
-    ways = {"text": config.text, "template": config.template, "chat": config.chat, "ids": config.ids or None}
+    ways = {
+        "text": config.text,
+        "template": config.template,
+        "chat": config.chat,
+        "prompt": config.prompt,
+        "ids": config.ids or None,
+    }
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1 and given != ["text", "ids"]:  # which has an error of its own
         raise RecipeError(f"{where}: {' and '.join(given)} exclude each other; give one of them")
-    for name in ("chat_template", "chat_date"):
-        if config.chat is None and getattr(config, name) is not None:
-            raise RecipeError(f'{where}: {name} is for conversations; set chat = "messages", or leave it out')
-    if config.chat is None and config.train_on != "assistant":
-        raise RecipeError(f'{where}: train_on is for conversations; set chat = "messages", or leave it out')
+    found = conversations_of(config, where)
     if config.template is not None:
         return Template.parse(config.template, config.name)
-    if config.chat is None:
+    if found is None:
         return None
     if tokenizer is None or tokenizer_path is None:
-        return Contents(config.chat)
-    return open_chat(config, where, base, tokenizer_path, tokenizer)
+        return Contents(found)
+    return open_chat(config, found, where, base, tokenizer_path, tokenizer)
+
+
+def conversations_of(config: SourceConfig, where: str) -> Conversations | None:
+    """Where a source has its conversations; None where it has none. Raises RecipeError."""
+    if (config.prompt is None) != (config.completion is None):
+        raise RecipeError(f"{where}: prompt and completion need each other; give both")
+    if config.chat is not None:
+        return MessagesField(config.chat)
+    if config.prompt is not None and config.completion is not None:
+        return PromptAndCompletion(
+            Template.parse(config.prompt, config.name, "prompt"),
+            Template.parse(config.completion, config.name, "completion"),
+        )
+    given = {"chat_template": config.chat_template, "chat_date": config.chat_date}
+    given |= {"train_on": None if config.train_on == "assistant" else config.train_on}
+    for name in (name for name, value in given.items() if value is not None):
+        raise RecipeError(
+            f'{where}: {name} is for conversations; set chat = "messages", or prompt and completion, or '
+            "leave it out"
+        )
+    return None
 
 
 def open_chat(
-    config: SourceConfig, where: str, base: Path, tokenizer_path: Path, tokenizer: Tokenizer
+    config: SourceConfig,
+    conversations: Conversations,
+    where: str,
+    base: Path,
+    tokenizer_path: Path,
+    tokenizer: Tokenizer,
 ) -> Chat:
     """A source's conversations and the template that renders them, tried on a plain one. Raises
     RecipeError."""
@@ -81,25 +110,25 @@ def open_chat(
                 f"{where}: the chat template writes the date ({CLOCK}), and rows must not depend on the day: "
                 'fix it, such as chat_date = "2026-01-31"'
             )
-    assert config.chat is not None
     specials = tuple(
         SpecialToken(token.content, token.lstrip, token.rstrip) for token in encoder.special_tokens()
     )
     names = {"eos_token": encoder.eos_token, **_special_names(raw)}
-    chat = Chat(config.chat, templates, names, specials, config.train_on, today)
+    chat = Chat(conversations, templates, names, specials, config.train_on, today)
     _try(chat, tokenizer, where)
     return chat
 
 
 def _try(chat: Chat, tokenizer: Tokenizer, where: str) -> None:
-    rendered = chat.text({chat.field: [dict(message) for message in PROBE]})
-    if isinstance(rendered, Bad):
+    try:
+        rendered = chat.rendered([dict(message) for message in PROBE], None)
+    except Cannot as error:
         hint = "; " + (
             'mark them in it, or train_on = "last" or "all"'
-            if "{% generation %}" in rendered.reason
+            if "{% generation %}" in str(error)
             else "name another by chat_template"
         )
-        raise RecipeError(f"{where}: a plain conversation of two turns: {rendered.reason}{hint}")
+        raise RecipeError(f"{where}: a plain conversation of two turns: {error}{hint}") from None
     if not tokenizer.chats.parses_as_whole(rendered):
         raise RecipeError(
             f"{where}: this tokenizer does not encode a conversation piece by piece, between special tokens, "

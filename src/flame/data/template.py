@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from flame.data.formats import Bad
 from flame.data.tables import holds_text
@@ -19,9 +19,9 @@ class Template:
     parts: tuple[tuple[str, tuple[str, ...]], ...]  # literal text, and the path of the field behind it
 
     @classmethod
-    def parse(cls, written: str, source: str) -> Template:
+    def parse(cls, written: str, source: str, setting: str = "template") -> Template:
         """`written`: as in a recipe; braces that are text are doubled. Raises RecipeError."""
-        where = f'data.sources: source "{source}": template'
+        where = f'data.sources: source "{source}": {setting}'
         parts: list[tuple[str, tuple[str, ...]]] = []
         try:
             for literal, name, form, conversion in Formatter().parse(written):
@@ -52,7 +52,9 @@ class Template:
     def optional(self) -> tuple[str, ...]:
         return ()
 
-    taken: ClassVar[str] = "text"
+    @property
+    def taken(self) -> str:
+        return "text"
 
     def takes(self, kind: Any) -> bool:
         """Whether a table's value of this Arrow type may be text."""
