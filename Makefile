@@ -21,9 +21,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# two processes of tests for each core, since many tests wait for others of theirs; a file's tests stay together
-CORES := $(shell getconf _NPROCESSORS_ONLN)
-PARALLEL := -n $(shell echo $$((2 * $(CORES)))) --maxprocesses 8 --dist loadfile
+# a process of tests for each core; a file's tests stay together
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"

@@ -52,6 +52,7 @@ def test_the_loader_is_compared_in_processes_that_resume_and_share_rows(tmp_path
     assert loader["same_rows_on_two_ranks"] == loader["resumed_on_two_ranks"] == "yes"
 
 
+@pytest.mark.slow
 def test_a_short_campaign_of_faults_loses_nothing_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "faults.py"), "--folder", str(tmp_path)]
     for faults, kinds in ((2, "kill,crash_in_save"), (4, "corrupt,disk_full")):

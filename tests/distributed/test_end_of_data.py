@@ -22,6 +22,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_without_a_length_ends_with_its_data_on_any_ranks(write_recipe, tmp_path: Path, capsys) -> None:
     no_length = ENDS | {"steps = 30": ""}
     assert train_on(1, write_recipe("one", replaced=no_length)).codes() == [0]
