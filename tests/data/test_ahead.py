@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from data.streaming import Opened, plain, rows_of
@@ -45,10 +45,13 @@ class Slow:
         return self._inner.begin(texts, begins, ends)
 
 
-def assert_threads_end() -> None:
-    """Those of a loader that was closed."""
+@pytest.fixture(autouse=True)
+def threads_end() -> Iterator[None]:
+    """Those of loaders that a test closed; other tests may have left some of theirs."""
+    before = set(threading.enumerate())
+    yield
     deadline = time.monotonic() + 5
-    while living := [thread.name for thread in threading.enumerate() if thread.name.startswith("flame-")]:
+    while living := [t for t in threading.enumerate() if t.name.startswith("flame-") and t not in before]:
         assert time.monotonic() < deadline, living
         time.sleep(0.01)
 
@@ -71,7 +74,6 @@ def test_a_failure_is_raised_after_the_rows_before_it_and_ever_after(
         assert plan.window_at(len(given))[1] == len(given)  # all windows before the one that failed
         with pytest.raises(MemoryError):
             loader.next_step()
-    assert_threads_end()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -92,7 +94,6 @@ def test_closing_waits_for_no_call_of_the_tokenizer_longer_than_it_takes(
     reader.join(5)
     assert not closing.is_alive()
     assert not reader.is_alive()
-    assert_threads_end()
 
 
 def suppressed(loader: Loader) -> None:
