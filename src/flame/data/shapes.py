@@ -67,9 +67,10 @@ def conversations_of(config: SourceConfig, where: str) -> Conversations | None:
         )
     given = {"chat_template": config.chat_template, "chat_date": config.chat_date}
     given |= {"train_on": None if config.train_on == "assistant" else config.train_on}
-    for name in (name for name, value in given.items() if value is not None):
+    stray = [name for name, value in given.items() if value is not None]
+    if stray:
         raise RecipeError(
-            f'{where}: {name} is for conversations; set chat = "messages", or prompt and completion, or '
+            f'{where}: {stray[0]} is for conversations; set chat = "messages", or prompt and completion, or '
             "leave it out"
         )
     return None

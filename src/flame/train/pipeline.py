@@ -22,6 +22,8 @@ from flame.parallel.pipeline import Part, Stages
 from flame.train.loss import LossModule, Reading
 from flame.train.step import seed_generators
 
+META = torch.device("meta")
+
 
 class StageModule(LossModule):
     """One stage of a guest model, with the loss on the last one."""
@@ -98,37 +100,31 @@ class Stage(PipelineStage):
     @contextmanager
     def _on_meta(self) -> Generator[None]:
         """Within, what torch allocates has shapes and no memory."""
-        device, self.device = self.device, torch.device("meta")
+        device, self.device = self.device, META
         try:
             yield
         finally:
             self.device = device
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        self._take(self.args_recv_info[fwd_chunk_id])
+        _move(self.args_recv_info[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        _give_back(self.args_recv_info[fwd_chunk_id])  # the backward pass has its own hold on the states
+        _move(self.args_recv_info[fwd_chunk_id], META)  # the backward pass has its own hold on the states
         return output
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         if not self.is_last:
-            self._take(self.grad_recv_info[bwd_chunk_id])
+            _move(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         result: Any = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if not self.is_last:
-            _give_back(self.grad_recv_info[bwd_chunk_id])
+            _move(self.grad_recv_info[bwd_chunk_id], META)
         return result
-
-    def _take(self, expected: Sequence[Any]) -> None:
-        for info in expected:
-            if not self.is_root(info):
-                fresh = torch.empty_like(info.buffer, device=self.device)
-                info.buffer = fresh.requires_grad_(info.buffer.requires_grad)
 
     @staticmethod
     def is_root(info: Any) -> bool:
@@ -136,11 +132,12 @@ class Stage(PipelineStage):
         return getattr(info, "is_root_arg", False) or not hasattr(info, "buffer")
 
 
-def _give_back(expected: Sequence[Any]) -> None:
+def _move(expected: Sequence[Any], device: torch.device) -> None:
+    """Fresh room on `device` for what is to be received: to take memory, or, on meta, to give it back."""
     for info in expected:
         if not Stage.is_root(info):
-            without = torch.empty_like(info.buffer, device="meta")
-            info.buffer = without.requires_grad_(info.buffer.requires_grad)
+            fresh = torch.empty_like(info.buffer, device=device)
+            info.buffer = fresh.requires_grad_(info.buffer.requires_grad)
 
 
 class Pipeline:
